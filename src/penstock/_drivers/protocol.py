@@ -1,0 +1,175 @@
+"""What a driver must be able to do, and nothing about pools.
+
+A *driver* is one object per database library. It opens *links*: a link is the library's own
+connection together with what penstock has to remember about it (the real handle to the wire, the
+descriptor, what its settings were when it was new). The machine and the runtimes move links about;
+only a driver looks inside.
+
+It must not know: slots, leases, waiters, limits, generations. It keeps no state between calls
+but what is in the link. It takes no lock: whoever calls owns the link (DESIGN section 4).
+
+Times are seconds left, as floats; a driver turns them into deadlines of its own. `None` is "no limit".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+ConnT = TypeVar("ConnT")
+
+
+class Activity(Enum):
+    """What a link's session is doing, from client-side state alone: no round trip."""
+
+    IDLE = "idle"
+    ACTIVE = "active"  # a statement is under way, or its reply was not fetched
+    IN_TRANSACTION = "idle in transaction"
+    IN_FAILED_TRANSACTION = "idle in failed transaction"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything needed to open one more link; callables were called by whoever made the recipe.
+
+    Attributes:
+        conninfo: libpq conninfo string or URL; may hold a password, so it is not in the repr.
+        kwargs: keyword arguments as the driver's own ``connect`` takes them; not in the repr.
+        connection_class: the driver's connection class, or None for its default.
+        application_name: set unless the user's conninfo, kwargs or environment name one.
+        autocommit: the pool's autocommit.
+        server_check_interval: seconds for ``client_connection_check_interval``; None leaves it alone.
+        keepalive: connection parameters set only where the user set nothing.
+        reset: "rollback", "session", None, or a callable that takes the connection.
+    """
+
+    conninfo: str = field(default="", repr=False)
+    kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    connection_class: type[Any] | None = None
+    application_name: str = "penstock"
+    autocommit: bool = False
+    server_check_interval: float | None = 0.5
+    keepalive: Mapping[str, Any] = field(default_factory=dict)
+    reset: object = "rollback"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """Why a link could not be opened, as far as the server or the library told.
+
+    Attributes:
+        sqlstate: the server's code, or None if it did not get that far (refused, name look-up).
+        heals: whether trying again later can help. Unknown failures are taken to heal.
+        text: one line for people, without secrets.
+    """
+
+    sqlstate: str | None
+    heals: bool
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What one statement answered, read to the end and detached from its connection."""
+
+    rows: Sequence[Any] | None  # None: the statement returns no rows
+    rowcount: int
+    description: Any
+    statusmessage: str | None
+
+
+class Link(Protocol[ConnT]):
+    """One open connection. `lend` and `park` are hot: no lock, no allocation, no clock."""
+
+    conn: ConnT
+    fd: int
+
+    def lend(self) -> None:
+        """Make the connection usable: put the real handle back in its place."""
+
+    def park(self) -> bool:
+        """Take the handle away, so that using the returned connection raises; tell if it is clean.
+
+        Clean: idle, no transaction, the client-side settings as they were when the link was new.
+        """
+
+    def activity(self) -> Activity:
+        """What the session is doing, also while parked."""
+
+    def prepare(self) -> None:
+        """Remember the settings as they are now (after `configure`) as those to go back to.
+
+        With ``reset="session"`` this takes one round trip, to learn what `configure` set on the server.
+        """
+
+    def set_autocommit(self, value: bool) -> None:
+        """Client-side; no round trip; only while idle."""
+
+    def execute(self, query: Any, params: Any = None) -> Reply:
+        """One statement in autocommit: one round trip. Raises the driver's errors."""
+
+    def commit(self) -> None:
+        """Commit if a transaction is open. Raises the driver's errors."""
+
+    def tidy(self, seconds: float | None) -> bool:
+        """Bring a link that `park` called unclean back: roll back, restore client-side settings.
+
+        Returns False where that is impossible (broken, a statement still active, not in time);
+        the link is then good for `discard` only.
+        """
+
+    def ping(self, seconds: float | None) -> bool:
+        """One round trip. False if dead or not answered in time; then good for `discard` only."""
+
+    def start_reset(self) -> bool:
+        """Send the session reset without waiting. False: could not; discard."""
+
+    def finish_reset(self, seconds: float | None) -> bool:
+        """Read the answer to `start_reset`. False: not clean, or not in time; discard."""
+
+    def hung_up(self) -> bool:
+        """Whether the server ended the session, by a look at the socket: for systems without epoll."""
+
+    def close(self) -> None:
+        """End the session politely. Never raises, never blocks on a peer that does not read."""
+
+    def discard(self) -> None:
+        """Drop the connection without a word, though somebody else may still hold the object.
+
+        Shuts our end of the socket down; frees nothing that another thread could be using.
+        """
+
+    def abandon(self, *, busy: bool) -> None:
+        """In a forked child: let go of the parent's session without a byte on the wire.
+
+        Points the descriptor at the null device first. `busy`: another thread was using it at the
+        fork, so its locks may be held for ever: keep the object, do not close it.
+        """
+
+
+class Driver(Protocol[ConnT]):
+    """A database library."""
+
+    name: str
+    operational_error: type[Exception]
+    interface_error: type[Exception]
+
+    def open(self, recipe: Recipe, seconds: float | None) -> Link[ConnT]:
+        """Connect within `seconds`, name look-up included. Raises the driver's errors."""
+
+    def diagnose(self, error: BaseException, recipe: Recipe, seconds: float | None) -> Diagnosis:
+        """Tell why `open` raised `error`; may make one more attempt to learn the server's code."""
+
+    def ends_session(self, error: BaseException, *, read_write: bool) -> bool:
+        """Whether `error`, raised in a lease, means that this and older sessions are not to be trusted.
+
+        SQLSTATE 57P01 to 57P03, 08xxx and, for a pool marked read-write, 25006.
+        """
+
+
+Configure = "Callable[[ConnT], None]"
