@@ -1,0 +1,411 @@
+"""PoolConfig: all options of a pool as one frozen, validated value.
+
+Whoever has a PoolConfig need not check again: numbers are numbers, in range, and fit each other.
+
+It must not know: how pools work, files, environment variables (they come later and build a
+PoolConfig from what they read), any driver. It calls none of the user's callables.
+
+No lock: values do not change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+
+from penstock.errors import ConfigError
+
+if TYPE_CHECKING:
+    from penstock._drivers.protocol import Driver
+
+
+class Secret(str):
+    """A text whose repr is blank, so that tracebacks with locals do not show it."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class PoolConfig:
+    """All options of a pool. Times are seconds.
+
+    Values are checked and brought into one form (``5`` becomes ``5.0``); a wrong one raises
+    `ConfigError`, as does a name that is none of these.
+
+    Attributes:
+        conninfo: libpq conninfo string or URL, or a callable that returns one per connect;
+            "" leaves all to the driver's environment (PGHOST ...).
+        kwargs: keyword arguments for the driver's ``connect``, or a callable that returns them per
+            connect; None for none.
+        connection_class: the driver's connection class; None for its default.
+        driver: a driver's name, or a driver object.
+        min_size: connections kept open, also while nobody wants them. 0 or more.
+        max_size: connections at most. 1 or more, not below `min_size`.
+        name: the pool's name in errors, logs and `application_name`; None: the runtime picks one.
+        timeout: how long a borrower waits; 0 takes only what is free at once; None waits for ever,
+            which is unwise: a request that nobody waits for any more still takes its turn.
+        max_waiting: borrowers in the queue at most, more are refused at once; 0 for no limit.
+        max_lifetime: age at which a connection is retired, less up to 10 % at random; None: never.
+        max_idle: how long a connection above `min_size` may lie unused; None: for ever.
+        ping_after: a connection idle for longer is pinged before it is lent; 0 pings always,
+            None never.
+        reconnect_timeout: how long the server must be down for `reconnect_failed` to be called; the
+            pool goes on trying all the same. None: never called.
+        reconnect_failed: called with the pool, once per outage; None for nothing.
+        overdue_after: a lease held longer is warned about, once; None: never.
+        order: "lifo" lends the connection used last (warm; lets the pool shrink), "fifo" the
+            one unused for longest.
+        autocommit: whether connections are in autocommit while lent.
+        configure: called with each new connection; None for nothing.
+        check: called with a connection before it is lent, after the pool's own checks; it raises
+            to refuse it. None for nothing.
+        reset: what is done to a connection at return: "rollback", "session" (everything a session can
+            hold), a callable that takes the connection, or None for nothing.
+        on_borrow: called with a connection each time it is lent; None for nothing.
+        server_check_interval: ``client_connection_check_interval`` set on each new connection, so
+            that the server notices a killed worker; None leaves the server's setting alone.
+        read_write: the pool is for a server that takes writes: SQLSTATE 25006 (read-only, after a
+            failover) ends the connection and makes older ones suspect. Off unless marked.
+        open: whether the pool opens by itself at the first borrow; False: only by ``open()``.
+    """
+
+    conninfo: str | Callable[[], str] = ""
+    # no hash: a mapping has none
+    kwargs: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = dataclasses.field(
+        default=None, hash=False
+    )
+    connection_class: type[Any] | None = None
+    driver: str | Driver[Any] = "psycopg"
+    min_size: int = 1
+    max_size: int = 10
+    name: str | None = None
+    # 5 s: below gunicorn's 30 s, so that a request fails with a reason before its worker is killed
+    timeout: float | None = 5.0
+    max_waiting: int = 0
+    max_lifetime: float | None = 3600.0
+    max_idle: float | None = 600.0
+    ping_after: float | None = 30.0
+    reconnect_timeout: float | None = 300.0
+    reconnect_failed: Callable[[Any], object] | None = None
+    overdue_after: float | None = 60.0
+    order: Literal["lifo", "fifo"] = "lifo"
+    autocommit: bool = False
+    configure: Callable[[Any], object] | None = None
+    check: Callable[[Any], object] | None = None
+    reset: Literal["rollback", "session"] | Callable[[Any], object] | None = "rollback"
+    on_borrow: Callable[[Any], object] | None = None
+    server_check_interval: float | None = 0.5
+    read_write: bool = False
+    open: bool = True
+
+    if not TYPE_CHECKING:
+        # The generated __init__ would say TypeError; type checkers see that one and know the names.
+        def __new__(cls, **options: object) -> Self:
+            """Refuse unknown names before `__init__` sees them."""
+            refuse_unknown(options)
+            return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        if self.name is not None:  # first, because every other error names the pool
+            self._check(isinstance(self.name, str) and self.name.strip(), "name", "a text or None")
+        self._check_source()
+        self._check_sizes()
+        self._check_times()
+        self._check_choices()
+        self._check_callables()
+
+    def replace(self, **changes: Any) -> PoolConfig:
+        """Give a copy with some options changed.
+
+        Args:
+            **changes: option names and their new values.
+
+        Raises:
+            ConfigError: for an unknown name, or a value that does not fit.
+        """
+        refuse_unknown(changes, pool=self.name)
+        return dataclasses.replace(self, **changes)
+
+    def __repr__(self) -> str:
+        parts = [f"{key}={self._shown(key)}" for key, default in _DEFAULTS.items()
+                 if getattr(self, key) != default]  # fmt: skip
+        return f"PoolConfig({', '.join(parts)})"
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    def _check_source(self) -> None:
+        self._check(isinstance(self.conninfo, str) or callable(self.conninfo), "conninfo",
+                    "a conninfo string, a URL, or a callable that returns one")  # fmt: skip
+        if isinstance(self.conninfo, str) and self.conninfo:
+            object.__setattr__(self, "conninfo", Secret(self.conninfo))
+        kwargs = self.kwargs
+        if isinstance(kwargs, Mapping):
+            self._check(
+                all(isinstance(key, str) for key in kwargs), "kwargs", "a mapping with text keys"
+            )
+            # a copy, so that nobody changes a frozen value from outside
+            object.__setattr__(self, "kwargs", {k: _hidden(k, v) for k, v in kwargs.items()})
+        else:
+            self._check(kwargs is None or callable(kwargs), "kwargs",
+                        "a mapping, a callable that returns one, or None")  # fmt: skip
+        self._check(self.connection_class is None or isinstance(self.connection_class, type),
+                    "connection_class", "a class or None")  # fmt: skip
+        if isinstance(self.driver, str):
+            self._check(self.driver.strip(), "driver", "a driver's name")
+        else:
+            self._check(callable(getattr(self.driver, "open", None)), "driver",
+                        "a driver's name or a driver object")  # fmt: skip
+
+    def _check_sizes(self) -> None:
+        for key, least in (("min_size", 0), ("max_size", 1), ("max_waiting", 0)):
+            value = getattr(self, key)
+            # bool is an int to Python; True connections are a mistake
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            self._check(whole and value >= least, key, f"a whole number, {least} or more")
+        self._check(self.min_size <= self.max_size, "min_size", f"at most max_size={self.max_size}")
+
+    def _check_times(self) -> None:
+        for key in ("timeout", "ping_after", "reconnect_timeout"):
+            self._check_time(key, "0 or more", lambda seconds: seconds >= 0)
+        for key in ("max_lifetime", "max_idle", "overdue_after", "server_check_interval"):
+            self._check_time(key, "more than 0", lambda seconds: seconds > 0)
+
+    def _check_time(self, key: str, allowed: str, fits: Callable[[float], bool]) -> None:
+        value = getattr(self, key)
+        if value is None:
+            return
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        fit = number and math.isfinite(value) and fits(value)
+        self._check(fit, key, f"a number of seconds, {allowed}, or None")
+        object.__setattr__(self, key, float(value))
+
+    def _check_choices(self) -> None:
+        for key in ("autocommit", "read_write", "open"):
+            self._check(isinstance(getattr(self, key), bool), key, "True or False")
+        order = isinstance(self.order, str) and self.order in {"lifo", "fifo"}
+        self._check(order, "order", '"lifo" or "fifo"')
+        reset = self.reset
+        known = reset in {"rollback", "session"} if isinstance(reset, str) else callable(reset)
+        self._check(reset is None or known, "reset", '"rollback", "session", a callable, or None')
+
+    def _check_callables(self) -> None:
+        for key in ("reconnect_failed", "configure", "check", "on_borrow"):
+            value = getattr(self, key)
+            self._check(value is None or callable(value), key, "a callable or None")
+
+    def _check(self, fits: object, key: str, allowed: str) -> None:
+        if not fits:
+            pool = self.name if isinstance(self.name, str) and key != "name" else None
+            raise ConfigError(key, self._shown(key), allowed, pool=pool)
+
+    def _shown(self, key: str) -> str:
+        value = getattr(self, key)
+        if key == "conninfo":
+            return repr(redacted(value)) if isinstance(value, str) else _kind(value)
+        if key == "kwargs":  # names only: a value can be a secret
+            if isinstance(value, Mapping):
+                return "{" + ", ".join(f"{k!s}: ..." for k in value) + "}"
+            return _kind(value)
+        # an object's own repr could be long or tell secrets
+        return (
+            repr(value) if isinstance(value, (bool, int, float, str, type(None))) else _kind(value)
+        )
+
+
+OPTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(PoolConfig))
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(PoolConfig)}
+# What other pools call the same thing, for "did you mean". From psycopg2.pool, SQLAlchemy, DBUtils,
+# asyncpg, HikariCP and Django's OPTIONS.
+_FOREIGN = {
+    "minconn": "min_size", "maxconn": "max_size", "pool_size": "max_size",
+    "maxconnections": "max_size", "maximum_pool_size": "max_size", "minimum_idle": "min_size",
+    "mincached": "min_size", "pool_timeout": "timeout", "connection_timeout": "timeout",
+    "pool_recycle": "max_lifetime", "conn_max_age": "max_lifetime", "idle_timeout": "max_idle",
+    "max_inactive_connection_lifetime": "max_idle", "pool_pre_ping": "ping_after",
+    "dsn": "conninfo", "url": "conninfo", "connect_args": "kwargs", "setup": "on_borrow",
+    "init": "configure", "pool_name": "name",
+}  # fmt: skip
+
+
+def refuse_unknown(options: Mapping[str, object], *, pool: str | None = None) -> None:
+    """Raise for the first name that is no option; says which one was probably meant.
+
+    Args:
+        options: names given by a user; values are not looked at.
+        pool: the pool's name for the error.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key in options:
+        if key not in _DEFAULTS:
+            _refuse(str(key), pool)
+
+
+def _refuse(key: str, pool: str | None) -> NoReturn:
+    meant = _FOREIGN.get(key.lower())
+    if meant is None:
+        close = difflib.get_close_matches(key.lower().replace("-", "_"), OPTIONS, n=1)
+        meant = close[0] if close else None
+    hint = f"did you mean {meant!r}?" if meant else f"options are {', '.join(OPTIONS)}"
+    raise ConfigError(key, pool=pool, hint=hint)
+
+
+def _hidden(key: str, value: object) -> object:
+    secret = isinstance(value, str) and "password" in key.lower()
+    return Secret(value) if secret and isinstance(value, str) else value
+
+
+def _kind(value: object) -> str:
+    return "a callable" if callable(value) else f"a value of type {type(value).__name__}"
+
+
+# -- application_name -----------------------------------------------------------------------------
+
+# PostgreSQL cuts names at NAMEDATALEN - 1 bytes, from the end: it would be the pid that is lost.
+_NAME_BYTES = 63
+
+
+def application_name(pool: str, *, app: str | None = None, pid: int | None = None) -> str:
+    """Make the name that pg_stat_activity shows: ``<app>/<pool>/<pid>``, at most 63 bytes.
+
+    Call it per connect: after a fork the pid is another. Everything but printable ASCII becomes
+    "?" or its plain letter, because PostgreSQL would do so (before 16) or write it in hexadecimal,
+    which makes it longer. The pid is kept whole, the longer of the other two is shortened first.
+
+    Args:
+        pool: the pool's name.
+        app: the program's name; the default is the stem of ``sys.argv[0]``.
+        pid: the process; the default is this one.
+    """
+    number = str(os.getpid() if pid is None else pid)
+    first, second = _plain(app_stem() if app is None else app), _plain(pool)
+    room = _NAME_BYTES - len(number) - 2
+    half = room // 2
+    if len(first) + len(second) > room:
+        # what the shorter one leaves of its half goes to the longer one
+        first_room = max(half, room - len(second))
+        first = first[:first_room]
+        second = second[: room - len(first)]
+    return f"{first}/{second}/{number}"
+
+
+def app_stem() -> str:
+    """Name this program after ``sys.argv[0]``: the file's stem; for ``python -m name``, the package."""
+    argv = getattr(sys, "argv", None) or [""]  # an embedding program may have none
+    parts = [part for part in re.split(r"[/\\]", argv[0]) if part]
+    stem = parts[-1].removesuffix(".py").removesuffix(".exe") if parts else ""
+    if stem == "__main__" and len(parts) > 1:
+        stem = parts[-2]
+    return "python" if stem in {"", "-c", "-m", "-"} else stem
+
+
+def _plain(text: str) -> str:
+    letters = unicodedata.normalize("NFKD", text)
+    kept = "".join(c for c in letters if not unicodedata.combining(c))
+    ascii_only = "".join(c if " " <= c <= "~" else "?" for c in kept)
+    # a slash of their own would make the three parts impossible to tell apart
+    return ascii_only.replace("/", "_") or "?"
+
+
+# -- conninfo without secrets -----------------------------------------------------------------------
+
+_SHOWN = ("host", "hostaddr", "port", "dbname", "user")
+_NOTHING = "(no host, dbname or user)"
+_DOUBT = "(conninfo not shown: it does not parse)"
+# Strict on purpose: a password with an unescaped @, / or ? makes every other reading wrong, so what
+# fits none of these is not shown at all.
+_URL = re.compile(
+    r"postgres(?:ql)?://"
+    r"(?:(?P<user>[^:@/?\s]*)(?::[^@/?\s]*)?@)?"
+    r"(?P<hosts>(?:\[[0-9A-Fa-f:.%]+\]|[\w.%\-]*)(?::\d*)?(?:,(?:\[[0-9A-Fa-f:.%]+\]|[\w.%\-]*)(?::\d*)?)*)"
+    r"(?:/(?P<dbname>[^/?@:&=\s]*))?"
+    r"(?:\?(?P<query>[^@?\s]*))?"
+)
+_PAIR = re.compile(r"\s*(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s'\\]|\\.)*)(?=\s|$)", re.DOTALL)
+
+
+def redacted(conninfo: str) -> str:
+    """Write a conninfo without its secrets, for repr, logs and errors.
+
+    Needs no driver. Shows host, hostaddr, port, dbname and user, as ``key=value``, and nothing else;
+    a string that cannot be read without doubt is not shown at all.
+
+    Args:
+        conninfo: a libpq conninfo string or URL.
+
+    Returns:
+        One line; "" for "". Never raises.
+    """
+    text = str(conninfo)
+    if not text.strip():
+        return ""
+    found = _from_url(text) if "://" in text.partition("=")[0] else _from_pairs(text)
+    if found is None:
+        return _DOUBT
+    shown = {key: found[key] for key in _SHOWN if found.get(key)}
+    if any(map(_doubtful, shown, shown.values())):
+        return _DOUBT
+    return " ".join(f"{key}={value}" for key, value in shown.items()) or _NOTHING
+
+
+def _doubtful(key: str, value: str) -> bool:
+    # `user= password=x` sets user to "password=x", as libpq reads it; dbname may hold a whole URL.
+    # A user name may have an @ (Azure's do).
+    return (
+        "=" in value
+        or "://" in value
+        or not value.isprintable()
+        or ("@" in value and key != "user")
+    )
+
+
+def _from_url(text: str) -> dict[str, str] | None:
+    match = _URL.fullmatch(text)
+    if match is None:
+        return None
+    found = _from_query(match["query"] or "")
+    if found is None:
+        return None
+    # the last colon outside brackets: an IPv6 address has colons of its own
+    places = [re.split(r":(?=\d*$)", place, maxsplit=1) for place in match["hosts"].split(",")]
+    own = {
+        "user": match["user"] or "",
+        "dbname": match["dbname"] or "",
+        "host": ",".join(place[0] for place in places).strip(","),
+        "port": ",".join(place[1] for place in places if len(place) > 1),
+    }
+    return {**own, **found}
+
+
+def _from_query(query: str) -> dict[str, str] | None:
+    found: dict[str, str] = {}
+    for pair in query.split("&") if query else ():
+        match = re.fullmatch(r"(\w+)=([^=&]*)", pair)
+        if match is None:
+            return None
+        found[match[1]] = match[2]
+    return found
+
+
+def _from_pairs(text: str) -> dict[str, str] | None:
+    found: dict[str, str] = {}
+    at, end = 0, len(text.rstrip())
+    while at < end:
+        match = _PAIR.match(text, at, end)
+        if match is None:
+            return None
+        found[match[1]] = match[2]
+        at = match.end()
+    return found

@@ -1,0 +1,649 @@
+"""The error tree: each error says whose fault it is, with what figures, and what to do next.
+
+An error carries figures, not text: `__str__` writes the text when somebody reads it, so that an
+error that is caught and retried costs nothing more. No text holds a password, a conninfo or a
+statement.
+
+It must not know: pools, runtimes, the machine. It looks at nothing but what it was given, except
+`holder_report`, which reads where other threads stand at that moment.
+
+No lock: errors belong to whoever raises them; `_flavours` is a dict used by single atomic operations.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What a pool's slots were doing, and how many borrowers were queued.
+
+    Attributes:
+        opening: connections being opened.
+        idle: connections ready to be lent.
+        in_use: connections lent.
+        pinging: connections being asked whether they live.
+        closing: connections being closed.
+        max_size: how many the pool may have in all.
+        waiting: borrowers in the queue, the one that gets this error not among them.
+    """
+
+    opening: int = 0
+    idle: int = 0
+    in_use: int = 0
+    pinging: int = 0
+    closing: int = 0
+    max_size: int = 0
+    waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who has a connection, and where that thread stood when the error was raised.
+
+    Attributes:
+        seconds: how long it has had the connection.
+        thread: the thread's (task's, greenlet's) name.
+        file: path of the source file it was in, or None if it is not running any more.
+        line: line number in that file.
+        function: the function's qualified name.
+        activity: what the session was doing ("idle in transaction", ...), or None if unknown.
+        query: the last statement, if the runtime knows it. Statements can hold secrets, so it is
+            in no text and no repr: look at the attribute.
+    """
+
+    seconds: float
+    thread: str
+    file: str | None = None
+    line: int | None = None
+    function: str | None = None
+    activity: str | None = None
+    query: str | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        place = (
+            "not running any more" if self.file is None else f"at {_short(self.file)}:{self.line}"
+        )
+        text = f'{self.seconds:.1f} s in thread "{self.thread}" {place}'
+        return f"{text}, {self.activity}" if self.activity else text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """One lease as `holder_report` wants it: everything about a `Holder` but where it stands.
+
+    Attributes:
+        ident: the thread's ident (`threading.get_ident()`), or another key of `frames`.
+        seconds: how long it has had the connection.
+        thread: the thread's name, if whoever lends knows it; else it is looked up.
+        activity: what the session was doing, or None.
+        query: the last statement, or None.
+    """
+
+    ident: int
+    seconds: float
+    thread: str | None = None
+    activity: str | None = None
+    query: str | None = field(default=None, repr=False)
+
+
+class ErrorSource(Protocol):
+    """The part of a driver that gives errors their second base class."""
+
+    name: str
+    operational_error: type[Exception]
+    interface_error: type[Exception]
+
+
+class PenstockError(Exception):
+    """What every error of penstock is.
+
+    Args:
+        pool: name of the pool, or None where there is none.
+
+    Attributes:
+        pool: name of the pool, or None.
+        sqlstate: the server's code, where it gave one (`ServerUnavailable`); else None.
+    """
+
+    pool: str | None
+    sqlstate: str | None = None
+    _fields: ClassVar[tuple[str, ...]] = ("pool",)
+
+    def __init__(self, *, pool: str | None = None) -> None:
+        _start_bases(self)
+        self.pool = pool
+
+    def __str__(self) -> str:
+        return f"something is wrong with {_pool(self.pool)}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {str(self).partition(chr(10))[0]}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kept = {*self._fields, "__notes__"}
+        return _revive, (*_origin(type(self)), {k: v for k, v in vars(self).items() if k in kept})
+
+
+class PoolTimeout(PenstockError):  # noqa: N818  a word users know
+    """The borrower waited as long as it wanted to, and every connection was in use.
+
+    The pool is full or slow, the server is not known to be down (that is `ServerUnavailable`).
+    The borrower got nothing; no connection was touched.
+
+    Args:
+        pool: name of the pool.
+        timeout: seconds the borrower was ready to wait; 0 means "only what is free at once".
+        waited: seconds it did wait.
+        counts: what the slots were doing when it gave up.
+        holders: who had the connections, longest first; may be cut short.
+    """
+
+    timeout: float
+    waited: float
+    counts: Counts
+    holders: tuple[Holder, ...]
+    _fields = ("pool", "timeout", "waited", "counts", "holders")
+
+    def __init__(
+        self,
+        *,
+        pool: str | None = None,
+        timeout: float = 0.0,
+        waited: float = 0.0,
+        counts: Counts | None = None,
+        holders: Sequence[Holder] = (),
+    ) -> None:
+        super().__init__(pool=pool)
+        self.timeout = timeout
+        self.waited = waited
+        self.counts = counts or Counts()
+        self.holders = tuple(holders)
+
+    def __str__(self) -> str:
+        patience = f"within {self.timeout:.1f} s" if self.timeout else "free at once"
+        lines = [f"no connection {patience} from {_pool(self.pool)}: {_figures(self.counts)}."]
+        if self.holders:
+            lines.append("  held longest: " + "; ".join(map(str, self.holders)))
+        lines.append(f"  next step: {_step_when_full(self.counts, self.holders)}")
+        return "\n".join(lines)
+
+
+class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
+    """No connection could be opened; raise it ``from`` the last error, which becomes `__cause__`.
+
+    Args:
+        pool: name of the pool.
+        attempts: how often opening was tried since it last worked.
+        down_seconds: seconds since the first of those attempts failed, or None if unknown.
+        waited: seconds the borrower waited.
+        sqlstate: the server's code, or None if it did not get that far or did not tell.
+        reason: the driver's diagnosis in one line, free of secrets; None shows the cause's class only.
+        heals: whether trying again later can help.
+        counts: what the slots were doing, or None.
+    """
+
+    attempts: int
+    down_seconds: float | None
+    waited: float | None
+    reason: str | None
+    heals: bool
+    counts: Counts | None
+    _fields = (
+        "pool",
+        "attempts",
+        "down_seconds",
+        "waited",
+        "sqlstate",
+        "reason",
+        "heals",
+        "counts",
+    )
+
+    def __init__(
+        self,
+        *,
+        pool: str | None = None,
+        attempts: int = 1,
+        down_seconds: float | None = None,
+        waited: float | None = None,
+        sqlstate: str | None = None,
+        reason: str | None = None,
+        heals: bool = True,
+        counts: Counts | None = None,
+    ) -> None:
+        super().__init__(pool=pool)
+        self.attempts = attempts
+        self.down_seconds = down_seconds
+        self.waited = waited
+        self.sqlstate = sqlstate
+        self.reason = reason
+        self.heals = heals
+        self.counts = counts
+
+    def __str__(self) -> str:
+        since = "" if self.down_seconds is None else f", down for {self.down_seconds:.1f} s"
+        tries = _number(self.attempts, "attempt", "attempts")
+        first = f"{_pool(self.pool)} cannot open a connection: {tries}{since}"
+        first += "." if self.waited is None else f"; this borrower waited {self.waited:.1f} s."
+        return "\n".join(
+            (
+                first,
+                f"  last error: {self._last()}",
+                f"  next step: {_step_when_down(self.sqlstate)}",
+            )
+        )
+
+    def _last(self) -> str:
+        # A driver's own text can quote pieces of a password (libpq does, for a conninfo that it
+        # cannot parse): without a diagnosis only the class is named; the cause has the rest.
+        text = self.reason
+        if text is None:
+            text = "unknown" if self.__cause__ is None else type(self.__cause__).__name__
+        return f"{text} (SQLSTATE {self.sqlstate})" if self.sqlstate else text
+
+
+class TooManyRequests(PenstockError):  # noqa: N818  a word users know
+    """Refused at once: the queue was at `max_waiting` already. No connection was touched.
+
+    Args:
+        pool: name of the pool.
+        max_waiting: the limit that was reached.
+        counts: what the slots were doing.
+    """
+
+    max_waiting: int
+    counts: Counts
+    _fields = ("pool", "max_waiting", "counts")
+
+    def __init__(
+        self, *, pool: str | None = None, max_waiting: int = 0, counts: Counts | None = None
+    ) -> None:
+        super().__init__(pool=pool)
+        self.max_waiting = max_waiting
+        self.counts = counts or Counts()
+
+    def __str__(self) -> str:
+        return (
+            f"{_pool(self.pool)} refused a borrower: {self.max_waiting} are waiting already "
+            f"(max_waiting={self.max_waiting}); {_figures(self.counts)}.\n"
+            "  next step: answer this request with 503 and let the client come again; if it is "
+            "constant, shorten what holds the connections, or raise max_size or max_waiting"
+        )
+
+
+class PoolClosed(PenstockError):  # noqa: N818  a word users know
+    """The pool is closed, or was not opened yet. No connection was touched.
+
+    Args:
+        pool: name of the pool.
+        closed_seconds: seconds since it was closed; None: it was never opened.
+    """
+
+    closed_seconds: float | None
+    _fields = ("pool", "closed_seconds")
+
+    def __init__(self, *, pool: str | None = None, closed_seconds: float | None = None) -> None:
+        super().__init__(pool=pool)
+        self.closed_seconds = closed_seconds
+
+    def __str__(self) -> str:
+        if self.closed_seconds is None:
+            return f"{_pool(self.pool)} is not open.\n  next step: call open() before borrowing"
+        return (
+            f"{_pool(self.pool)} was closed {self.closed_seconds:.1f} s ago.\n"
+            "  next step: look for who calls close() while there is work (an exit hook, a test's "
+            "end, a `with` block); make a new pool to go on"
+        )
+
+
+class MisuseError(PenstockError):
+    """The program did something that cannot be right; trying again will not help.
+
+    Args:
+        what: what was done, as a sentence without full stop.
+        pool: name of the pool, or None.
+        where: where it was done ("app/views.py:42"), or None: the traceback tells.
+        next_step: what to do instead, or None.
+    """
+
+    what: str
+    where: str | None
+    next_step: str | None
+    _fields = ("pool", "what", "where", "next_step")
+
+    def __init__(
+        self,
+        what: str = "misuse",
+        *,
+        pool: str | None = None,
+        where: str | None = None,
+        next_step: str | None = None,
+    ) -> None:
+        super().__init__(pool=pool)
+        self.what = what
+        self.where = where
+        self.next_step = next_step
+
+    def __str__(self) -> str:
+        text = self.what if self.pool is None else f"{_pool(self.pool)}: {self.what}"
+        text += "." if self.where is None else f", at {self.where}."
+        return text if self.next_step is None else f"{text}\n  next step: {self.next_step}"
+
+
+class ConfigError(PenstockError, ValueError):
+    """An option is wrong; raised when the pool is made, so nothing was opened.
+
+    Args:
+        key: the option's name.
+        given: what was given, as it may be shown: a text without secrets.
+        allowed: what is allowed, as a phrase that follows "must be"; None: there is no such option.
+        pool: name of the pool, or None.
+        hint: a further sentence ("did you mean ...?"), or None.
+    """
+
+    key: str
+    given: str
+    allowed: str | None
+    hint: str | None
+    _fields = ("pool", "key", "given", "allowed", "hint")
+
+    def __init__(
+        self,
+        key: str = "?",
+        given: str = "?",
+        allowed: str | None = None,
+        *,
+        pool: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(pool=pool)
+        self.key = key
+        self.given = given
+        self.allowed = allowed
+        self.hint = hint
+
+    def __str__(self) -> str:
+        of = "" if self.pool is None else f" of {_pool(self.pool)}"
+        text = f"unknown option {self.key!r}{of}"
+        if self.allowed is not None:
+            text = f"option {self.key!r}{of} must be {self.allowed}, not {self.given}"
+        return text if self.hint is None else f"{text}: {self.hint}"
+
+
+_OURS: dict[str, type[PenstockError]] = {
+    c.__name__: c
+    for c in (
+        PenstockError,
+        PoolTimeout,
+        ServerUnavailable,
+        TooManyRequests,
+        PoolClosed,
+        MisuseError,
+        ConfigError,
+    )
+}
+
+
+def _show_as_public() -> None:
+    """Let tracebacks name the place that users import from."""
+    for ours in _OURS.values():
+        ours.__module__ = "penstock"
+
+
+_show_as_public()
+
+
+# -- with a driver's error as second base -------------------------------------------------------
+
+_flavours: dict[tuple[type, str, type], type[Any]] = {}
+
+
+def flavoured(base: type[PenstockError], driver: ErrorSource) -> type[Any]:
+    """Give the class that is both `base` and the driver's own error.
+
+    `MisuseError` becomes also the driver's `InterfaceError` (retry decorators must not retry a
+    bug), all others its `OperationalError`; both ``except penstock.PoolTimeout`` and ``except
+    psycopg.OperationalError`` catch it. Cached; typed loosely because the constructor is `base`'s.
+
+    Args:
+        base: one of the classes of this module.
+        driver: where the second base comes from.
+
+    Returns:
+        The class to raise; `base` itself where the two cannot be combined. Never raises.
+    """
+    interface = issubclass(base, MisuseError)
+    return _flavour(
+        base, driver.name, driver.interface_error if interface else driver.operational_error
+    )
+
+
+def _flavour(base: type[PenstockError], driver: str, parent: type[Exception]) -> type[Any]:
+    key = (base, driver, parent)
+    found = _flavours.get(key)
+    if found is None:
+        # setdefault is atomic: of two threads that get here together, both use one class
+        found = _flavours.setdefault(key, _combine(base, driver, parent))
+    return found
+
+
+def _combine(base: type[PenstockError], driver: str, parent: type[Exception]) -> type[Any]:
+    body: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_flavour_of": (base, driver, parent),
+    }
+    if issubclass(base, parent):
+        return base
+    try:
+        # new_class finds the metaclass: asyncpg's errors have one
+        return types.new_class(base.__name__, (base, parent), {}, lambda names: names.update(body))
+    except TypeError:  # layouts or orders of bases that cannot be combined
+        return base
+
+
+def _start_bases(error: PenstockError) -> None:
+    """Run the other bases' `__init__`: a driver's error needs its own attributes."""
+    try:
+        super(PenstockError, error).__init__()
+    except TypeError:
+        _start_bases_with_text(error)
+    error.args = ()
+
+
+def _start_bases_with_text(error: PenstockError) -> None:
+    try:
+        super(PenstockError, error).__init__("")  # asyncpg's InterfaceError wants a message
+    except TypeError:
+        Exception.__init__(error)
+
+
+def _origin(cls: type[PenstockError]) -> tuple[str | type, str, str, str]:
+    """Tell how to find the class again: (ours, driver's name, module, name of its error)."""
+    flavour: tuple[type, str, type | None] = cls.__dict__.get("_flavour_of", (cls, "", None))
+    base, driver, parent = flavour
+    # Ours go by name, so that unpickling does not depend on what `penstock` exports.
+    name: str | type = base.__name__ if _OURS.get(base.__name__) is base else base
+    if parent is None:
+        return name, "", "", ""
+    return name, driver, parent.__module__, parent.__qualname__
+
+
+def _revive(
+    name: str | type[PenstockError], driver: str, module: str, parent: str, state: dict[str, Any]
+) -> PenstockError:
+    """Unpickle an error; where the driver is missing it is ours only."""
+    base = _OURS[name] if isinstance(name, str) else name
+    cls = base
+    if driver:
+        cls = _flavour_again(base, driver, module, parent)
+    error = cls.__new__(cls)
+    _start_bases(error)
+    vars(error).update(state)
+    return error
+
+
+def _flavour_again(
+    base: type[PenstockError], driver: str, module: str, parent: str
+) -> type[PenstockError]:
+    try:
+        found = getattr(importlib.import_module(module), parent)
+    except Exception:  # noqa: BLE001  a missing or broken driver must not hide the error
+        return base
+    if not (isinstance(found, type) and issubclass(found, Exception)):
+        return base
+    return _flavour(base, driver, found)
+
+
+# -- where the holders stand --------------------------------------------------------------------
+
+# Frames of these packages say how a thread waits, not what it is doing.
+_PLUMBING = frozenset(
+    (
+        *("penstock", "threading", "contextlib", "selectors", "queue", "asyncio", "concurrent"),
+        *("psycopg", "psycopg_binary", "psycopg_c", "psycopg_pool", "psycopg2", "asyncpg"),
+        *("socket", "ssl", "gevent", "greenlet"),
+    )
+)
+
+
+def holder_report(
+    holds: Iterable[Hold],
+    *,
+    limit: int = 3,
+    frames: Mapping[int, types.FrameType] | None = None,
+) -> list[Holder]:
+    """Find out where the holders of connections stand right now.
+
+    Costs nothing until it is called, and then one walk up each stack. Never raises an
+    `Exception`: an error report must not hide the error.
+
+    Args:
+        holds: the leases to report.
+        limit: how many to report, longest held first.
+        frames: ident -> current frame; the default is `sys._current_frames()`. Runtimes whose
+            borrowers are no threads hand in theirs.
+
+    Returns:
+        At most `limit` holders, longest first; empty if nothing could be found out.
+    """
+    try:
+        longest = sorted(holds, key=lambda hold: hold.seconds, reverse=True)[:limit]
+        now = sys._current_frames() if frames is None else frames  # noqa: SLF001  the documented way
+        return [_holder(hold, now.get(hold.ident)) for hold in longest]
+    except Exception:  # noqa: BLE001  see above
+        return []
+
+
+def _holder(hold: Hold, top: types.FrameType | None) -> Holder:
+    frame = _first_of_user(top)
+    return Holder(
+        seconds=hold.seconds,
+        thread=hold.thread or _thread_name(hold.ident),
+        file=None if frame is None else frame.f_code.co_filename,
+        line=None if frame is None else frame.f_lineno,
+        # co_qualname has the class, too
+        function=None if frame is None else frame.f_code.co_qualname,
+        activity=hold.activity,
+        query=hold.query,
+    )
+
+
+def _first_of_user(top: types.FrameType | None) -> types.FrameType | None:
+    frame = top
+    while frame is not None:
+        module = frame.f_globals.get("__name__")
+        if str(module).partition(".")[0] not in _PLUMBING:
+            return frame
+        frame = frame.f_back
+    return top  # plumbing all the way down: better than nothing
+
+
+def _thread_name(ident: int) -> str:
+    # Only where threading is in use already; `enumerate()` would take a lock of threading's.
+    threading = sys.modules.get("threading")
+    thread = getattr(threading, "_active", {}).get(ident)
+    return str(getattr(thread, "name", ident))
+
+
+# -- phrases ------------------------------------------------------------------------------------
+
+
+def _pool(name: str | None) -> str:
+    return "a pool" if name is None else f"pool {name!r}"
+
+
+def _number(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
+def _short(path: str) -> str:
+    """The last two parts: enough to find the file, and the same on every machine."""
+    return "/".join(path.replace("\\", "/").split("/")[-2:])
+
+
+def _figures(counts: Counts) -> str:
+    parts = [f"{counts.in_use} of {counts.max_size} in use", f"{counts.waiting} waiting"]
+    parts.append(f"{counts.opening or 'none'} being opened")
+    parts += [f"{counts.idle} idle"] if counts.idle else []
+    parts += [f"{counts.pinging} being pinged"] if counts.pinging else []
+    parts += [f"{counts.closing} being closed"] if counts.closing else []
+    return ", ".join(parts)
+
+
+def _step_when_full(counts: Counts, holders: Sequence[Holder]) -> str:
+    if counts.in_use < counts.max_size:
+        if counts.opening:
+            return (
+                "opening takes longer than this borrower waits: look at the network and the "
+                "server's load, raise timeout, or open ahead with a larger min_size"
+            )
+        return "the server answers slowly: look at its load and at the network, or raise timeout"
+    if any((holder.activity or "").startswith("idle in") for holder in holders):
+        return (
+            "end transactions before slow work that needs no database (the places are above); "
+            "else raise max_size or timeout"
+        )
+    return "give connections back sooner (the longest first), or raise max_size or timeout"
+
+
+# Next steps by SQLSTATE, https://www.postgresql.org/docs/current/errcodes-appendix.html
+_STEPS = {
+    "28P01": "check user and password: conninfo, PGPASSWORD, ~/.pgpass; a token may have expired",
+    "28000": "check that the role exists and may log in, and that pg_hba.conf lets this host in",
+    "3D000": "check dbname: the server has no such database (createdb makes one)",
+    "42501": "GRANT CONNECT on the database to this user",
+    "53300": (
+        "the server is at max_connections (or the role or database at its CONNECTION LIMIT): "
+        "lower max_size times the number of workers, or raise the limit"
+    ),
+    "57P01": "the server is being shut down or restarted: the pool comes back by itself",
+    "57P02": "the server crashed and is recovering: the pool comes back by itself; read its log",
+    "57P03": "the server is starting or stopping: the pool comes back by itself",
+    "57P05": "idle_session_timeout ended the session while it was opened: raise it",
+    "0A000": "server or pooler refused a start-up option: look at options= in conninfo",
+    "22023": "the server refused a parameter's value: look at options= in conninfo",
+    "42704": "the server knows no such parameter: look at options= in conninfo",
+}
+_STEP_UNREACHABLE = (
+    "check that the server runs and that host and port are right and reachable from here; the "
+    "pool goes on trying"
+)
+
+
+def _step_when_down(sqlstate: str | None) -> str:
+    if sqlstate is None or sqlstate.startswith("08"):
+        return _STEP_UNREACHABLE
+    if sqlstate.startswith("28"):
+        return _STEPS.get(sqlstate, _STEPS["28000"])
+    return _STEPS.get(sqlstate, "look this SQLSTATE up in the server's log")
