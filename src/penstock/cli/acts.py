@@ -1,0 +1,138 @@
+"""The acts: what is done to the bank while it is under load.
+
+Each act is one function that does its deed and says what that deed excuses. It must not know which
+pool is in use, nor count or judge anything.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from penstock.cli.server_sessions import list_sessions, terminate_all
+from penstock.cli.verdict import Permit
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable
+
+    from penstock.cli.load import Load
+
+# The share of an act's time that passes before its deed.
+BEFORE = 0.35
+# How long the database stays down, besides stopping and starting: longer than it takes a pool to
+# notice, shorter than its patience.
+DOWN_SECONDS = 0.5
+
+
+class Restartable(Protocol):
+    """As much of the server as an act needs."""
+
+    def stop(self) -> None:
+        """End it by a fast shutdown."""
+
+    def start(self) -> None:
+        """Start it again and wait until it answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What an act has to hand.
+
+    Attributes:
+        conninfo: of the bank's database.
+        wait: waits so many seconds; raises when the demo is interrupted.
+    """
+
+    server: Restartable
+    conninfo: str
+    load: Load
+    seconds: float
+    chance: random.Random
+    wait: Callable[[float], None]
+
+    def before(self) -> None:
+        """The time before the deed."""
+        self.wait(self.seconds * BEFORE)
+
+    def after(self) -> None:
+        """The time after it."""
+        self.wait(self.seconds * (1 - BEFORE))
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """A title and a deed."""
+
+    title: str
+    perform: Callable[[Scene], Permit]
+
+
+def _calm(scene: Scene) -> Permit:
+    begun = time.monotonic()
+    scene.wait(scene.seconds)
+    return Permit(begun)
+
+
+def _kill_a_worker(scene: Scene) -> Permit:
+    scene.before()
+    worker = scene.chance.choice(scene.load.workers_in_use())
+    clients = scene.load.clients_of(worker)
+    os.kill(worker, signal.SIGKILL)
+    killed_at = time.monotonic()
+    scene.after()
+    note = f"worker {worker} killed; at most {clients} clients were connected to it"
+    return Permit(killed_at, killed_worker=worker, note=note)
+
+
+def _end_idle_sessions(scene: Scene) -> Permit:
+    scene.before()
+    gate = scene.load.gate
+    gate.hold()
+    while gate.inside:
+        scene.wait(0.002)
+    ended = terminate_all(scene.conninfo)
+    gate.release()
+    released_at = time.monotonic()
+    scene.after()
+    # Nobody held one, so their end excuses nobody.
+    return Permit(released_at, note=f"{len(ended.gone)} sessions ended, none of them in use")
+
+
+def _end_sessions(scene: Scene) -> Permit:
+    scene.before()
+    ended = terminate_all(scene.conninfo)
+    ended_at = time.monotonic()
+    scene.after()
+    note = f"{len(ended.gone)} sessions ended, {ended.busy} of them at work"
+    return Permit(ended_at, gone=ended.gone, note=note)
+
+
+def _restart_database(scene: Scene) -> Permit:
+    scene.before()
+    sessions = list_sessions(scene.conninfo)
+    busy = sum(state != "idle" for state in sessions.values())
+    begun = time.monotonic()
+    scene.server.stop()
+    gone_at = time.monotonic()
+    scene.wait(DOWN_SECONDS)
+    scene.server.start()
+    back_at = time.monotonic()
+    scene.after()
+    note = (
+        f"{len(sessions)} sessions ended, {busy} of them at work;"
+        f" the database was away for {back_at - begun:.1f} s"
+    )
+    return Permit(back_at, all_gone_at=gone_at, note=note)
+
+
+ACTS = (
+    Act("calm", _calm),
+    Act("a worker killed with -9", _kill_a_worker),
+    Act("sessions ended, load held", _end_idle_sessions),
+    Act("sessions ended, full load", _end_sessions),
+    Act("database restarted", _restart_database),
+)

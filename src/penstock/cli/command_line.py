@@ -1,0 +1,79 @@
+"""The commands and their options, as click declares them.
+
+It must not import what a command needs to run: `penstock --help` answers at once, and without the
+packages of a command nobody asked for.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from pathlib import Path
+
+import click
+
+POOLS = ("penstock", "psycopg_pool", "psycopg2")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="penstock")
+def penstock() -> None:
+    """PostgreSQL connection pools for Python web workers."""
+
+
+@penstock.command()
+@click.option(
+    "--pool",
+    type=click.Choice(POOLS),
+    default="penstock",
+    show_default=True,
+    help="The pool that the bank uses: ours, or a peer in the same acts.",
+)
+@click.option("--workers", default=4, show_default=True, type=click.IntRange(1, 16))
+@click.option(
+    "--preload",
+    "modes",
+    type=click.Choice(["no", "yes", "both"]),
+    default="both",
+    show_default=True,
+    help="Load the application before the fork, its pool already used in the master.",
+)
+@click.option("--no-preload", "modes", flag_value="no", help="The same as --preload=no.")
+@click.option(
+    "--seconds",
+    default=4.0,
+    show_default=True,
+    type=click.FloatRange(0.5, 60.0),
+    help="How long each act lasts.",
+)
+@click.option("--clients", default=16, show_default=True, type=click.IntRange(1, 64))
+@click.option("--seed", type=int, help="Repeat the choices of an earlier run.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+def demo(
+    *,
+    pool: str,
+    workers: int,
+    modes: str,
+    seconds: float,
+    clients: int,
+    seed: int | None,
+    json_path: Path | None,
+) -> None:
+    """Run a bank under load and faults, and count its money.
+
+    A temporary PostgreSQL, pgbench's tables, a Flask service under gunicorn. Then, under load: a
+    worker killed, every session terminated, the database restarted; without --preload and with.
+    Exit status 0: nothing was wrong or lost, and only what had to fail did.
+    """
+    from penstock.cli.demo import Plan, run  # noqa: PLC0415  (needs the demo extra)
+
+    plan = Plan(
+        pool=pool,
+        workers=workers,
+        preloads={"no": (False,), "yes": (True,), "both": (False, True)}[modes],
+        seconds=seconds,
+        clients=clients,
+        seed=secrets.randbelow(1_000_000) if seed is None else seed,
+        json_path=json_path,
+    )
+    sys.exit(run(plan))

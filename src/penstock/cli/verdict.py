@@ -1,0 +1,152 @@
+"""What an act allows, and whether what came of it is within that.
+
+A failure is allowed only by what was done to it: the request held a connection when the act ended that
+connection's session; each ended session excuses one request. That is looked up for every single
+failure (which server process, lent when, gone when), not estimated. It must not know pools: all are
+judged alike.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from penstock.cli.load import Outcome, Tally, Trouble
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from penstock.cli.ledger import Findings
+
+# A process that is gone was seen to be gone a little later, and a pool must be scheduled once to hear
+# of it: all of that on two cores which the load keeps busy.
+NOTICE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """What an act did, as far as it excuses failures.
+
+    Attributes:
+        over_at: when the disturbance was over; from then on the service has to serve.
+        gone: the sessions that were ended (server pid), and when they were seen to be gone.
+        all_gone_at: when every session there was had gone; None if only those in `gone` ended.
+        killed_worker: the worker that was killed.
+        note: the figures behind it, for people.
+    """
+
+    over_at: float
+    gone: Mapping[int, float] = field(default_factory=dict)
+    all_gone_at: float | None = None
+    killed_worker: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ActResult:
+    """One act, done and judged."""
+
+    title: str
+    preload: bool
+    seconds: float
+    tally: Tally
+    findings: Findings
+    note: str
+    silence: float
+    complaints: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the act came out as promised."""
+        return not self.complaints
+
+    def count(self, outcome: Outcome) -> int:
+        """How many requests ended so."""
+        return self.tally.counts[outcome]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "act": self.title,
+            "preload": self.preload,
+            "seconds": round(self.seconds, 3),
+            **{outcome.value: self.count(outcome) for outcome in Outcome},
+            "lost": self.findings.lost,
+            "repeated": len(self.findings.repeated),
+            "money": self.findings.describe(),
+            "adds_up": self.findings.adds_up,
+            "longest_silence": round(self.silence, 3),
+            "note": self.note,
+            "ok": self.ok,
+            "complaints": list(self.complaints),
+            "errors": dict(Counter(each.text for each in self.tally.troubles).most_common(20)),
+        }
+
+
+def complaints(tally: Tally, findings: Findings, permit: Permit) -> tuple[str, ...]:
+    """Everything that the act does not excuse, one short line each."""
+    return (
+        *_about_answers(tally),
+        *_about_money(findings),
+        *_about_failures(tally, permit),
+        *_about_recovery(tally, permit),
+    )
+
+
+def _about_answers(tally: Tally) -> Iterator[str]:
+    wrong = tally.counts[Outcome.WRONG]
+    if wrong:
+        yield f"{wrong:,} wrong: answers to somebody else's question"
+
+
+def _about_money(findings: Findings) -> Iterator[str]:
+    if findings.lost:
+        yield f"{findings.lost:,} lost: acknowledged, but not there exactly once"
+    if not findings.adds_up:
+        yield f"the money does not add up: {findings.describe()}"
+
+
+def _about_failures(tally: Tally, permit: Permit) -> Iterator[str]:
+    reasons = Counter(filter(None, (_unexcused(each, permit) for each in tally.troubles)))
+    yield from (f"{count:,} {reason}" for reason, count in reasons.most_common())
+    yield from _shared_excuses(tally, permit)
+
+
+def _unexcused(trouble: Trouble, permit: Permit) -> str | None:
+    """Why this one must not have failed, or None if it had to."""
+    if trouble.outcome is Outcome.WRONG:
+        return None  # complained about already
+    if trouble.outcome is Outcome.CUT:
+        return None if _cut_by_the_kill(trouble, permit) else "cut off by a worker nobody killed"
+    if trouble.status is None:
+        return "not answered in time"
+    if trouble.backend is None or trouble.lent_at is None:
+        return "failed: the pool gave no connection"
+    gone_at = permit.gone.get(trouble.backend, permit.all_gone_at)
+    if gone_at is None:
+        return "failed though nobody had ended their session"
+    if trouble.lent_at > gone_at + NOTICE:
+        return "failed: lent a session that had ended before"
+    return None
+
+
+def _cut_by_the_kill(trouble: Trouble, permit: Permit) -> bool:
+    # A client on a new connection has not been told yet which worker it reached.
+    return permit.killed_worker is not None and trouble.worker in (permit.killed_worker, None)
+
+
+def _shared_excuses(tally: Tally, permit: Permit) -> Iterator[str]:
+    held = Counter(
+        each.backend
+        for each in tally.troubles
+        if each.outcome is Outcome.FAILED and each.backend and not _unexcused(each, permit)
+    )
+    extra = sum(count - 1 for count in held.values())
+    if extra:
+        yield f"{extra:,} failed on a session that had failed somebody else already"
+
+
+def _about_recovery(tally: Tally, permit: Permit) -> Iterator[str]:
+    if max(tally.served_at, default=0.0) <= permit.over_at:
+        yield "nobody was served afterwards"
