@@ -1,0 +1,389 @@
+"""Connecting through libpq with an exact deadline, and finding out why it failed.
+
+psycopg's `connect()` rounds its timeout up to whole seconds, and the whole gevent hub stands still
+while libpq resolves a name. So: names are resolved here by Python, which gevent makes
+cooperative, then libpq connects to addresses without blocking (docs: libpq 32.1, PQconnectStart).
+
+It must not know: connections (it makes libpq handles), links, settings of sessions.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import socket
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
+
+import psycopg
+from psycopg import pq
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from penstock._drivers.protocol import Diagnosis
+from penstock._drivers.sockets import READ, WRITE, deadline_in, wait
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from psycopg.pq.abc import PGconn
+
+    from penstock._drivers.protocol import Recipe
+
+Params = dict[str, Any]
+
+# What psycopg's connect() takes besides libpq's connection parameters.
+_DRIVER_OPTIONS: Final = frozenset(
+    ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
+)
+
+# Classes of SQLSTATE at start-up that do not go away by waiting: 28 authentication, 3D no such
+# database, 42 (42501: the role may not connect; 42704: unknown setting), 22 (a setting's value is
+# refused), 0A (feature not supported). Others heal: 53300 too many clients, 57P03 starting up, 08.
+_LASTING: Final = ("28", "3D", "42", "22", "0A")
+
+# A name that does not exist. Linux tells "no such name" from "no address of this name".
+_NO_SUCH_NAME: Final = tuple(
+    getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") if hasattr(socket, name)
+)
+
+
+class Secret(str):
+    """A string that tracebacks with local variables do not show."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def driver_options(recipe: Recipe) -> Params:
+    """The part of the recipe's keyword arguments that psycopg's connect() takes for itself."""
+    return {key: value for key, value in recipe.kwargs.items() if key in _DRIVER_OPTIONS}
+
+
+def connection_params(recipe: Recipe) -> Params:
+    """What libpq is to be told, as the user said it, completed by the recipe's defaults.
+
+    Raises:
+        psycopg.ProgrammingError: the connection string or an option is wrong. The text names no
+            piece of the string: where parsing stops, libpq quotes what may be the password.
+    """
+    given = {key: value for key, value in recipe.kwargs.items() if key not in _DRIVER_OPTIONS}
+    _hide_password(given)
+    params = _parsed(Secret(recipe.conninfo), given)
+    if params is None:  # raised here, not in an `except`: libpq's text must not be its context
+        raise psycopg.ProgrammingError(_what_is_wrong(given))
+    _hide_password(params)
+    if "application_name" not in params:
+        # libpq's own rule for "unless the user names one": also by PGAPPNAME or a service file.
+        params.setdefault("fallback_application_name", recipe.application_name)
+    if not _uses_service(params):  # there the user may have set what cannot be seen from here
+        params = {**recipe.keepalive, **params}
+    return params
+
+
+def _hide_password(params: Params) -> None:
+    if params.get("password") is not None:
+        params["password"] = Secret(params["password"])
+
+
+def _parsed(conninfo: str, given: Params) -> Params | None:
+    try:
+        return dict(conninfo_to_dict(conninfo, **given))
+    except psycopg.ProgrammingError:
+        return None
+
+
+def _what_is_wrong(given: Params) -> str:
+    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        return f"psycopg.connect() does not know these options: {', '.join(unknown)}"
+    return "the connection string cannot be parsed (not shown: it may hold a password)"
+
+
+def _setting(params: Params, key: str) -> str:
+    """A parameter as libpq would see it: said by the user, by the environment, or built in."""
+    if params.get(key) is not None:
+        return str(params[key])
+    return next(
+        (
+            (option.val or b"").decode()
+            for option in pq.Conninfo.get_defaults()
+            if option.keyword.decode() == key
+        ),
+        "",
+    )
+
+
+def _uses_service(params: Params) -> bool:
+    return bool(_setting(params, "service"))
+
+
+# --- which addresses, in which order
+
+
+def _attempts(params: Params) -> tuple[list[Params], list[psycopg.OperationalError]]:
+    """One set of parameters per address to try, and the errors of names without one."""
+    hosts = _hosts(params)
+    if hosts is None:
+        return [params], []
+    attempts: list[Params] = []
+    failures: list[psycopg.OperationalError] = []
+    for host, port in hosts:
+        attempts += _resolved(params, host, port, failures)
+    if _setting(params, "load_balance_hosts") == "random":
+        random.shuffle(attempts)
+    return _twice_if_standby_preferred(params, attempts), failures
+
+
+def _hosts(params: Params) -> list[tuple[str, str]] | None:
+    """Pairs of host and port; None where libpq must find out by itself."""
+    host = _setting(params, "host")
+    if not host or _setting(params, "hostaddr") or params.get("service"):
+        return None
+    hosts = host.split(",")
+    ports = _setting(params, "port").split(",")
+    if len(ports) == 1:
+        ports *= len(hosts)
+    if len(ports) != len(hosts):  # wrong, and libpq says so better
+        return None
+    return list(zip(hosts, ports, strict=True))
+
+
+def _resolved(
+    params: Params, host: str, port: str, failures: list[psycopg.OperationalError]
+) -> list[Params]:
+    if not host or host[0] in "/@":  # a Unix socket
+        return [{**params, "host": host, "port": port}]
+    try:
+        found = socket.getaddrinfo(host, port or None, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a label above 63 bytes
+        failure = psycopg.OperationalError(f"could not resolve the host name {host!r}: {error}")
+        failure.__cause__ = error
+        failures.append(failure)
+        return []
+    # `host` stays: certificates and .pgpass go by the name.
+    addresses = dict.fromkeys(str(entry[4][0]) for entry in found)
+    return [{**params, "host": host, "hostaddr": each, "port": port} for each in addresses]
+
+
+def _twice_if_standby_preferred(params: Params, attempts: list[Params]) -> list[Params]:
+    # libpq goes through its list of hosts twice for this; here each list has one entry.
+    if _setting(params, "target_session_attrs") != "prefer-standby":
+        return attempts
+    return [
+        {**attempt, "target_session_attrs": wanted}
+        for wanted in ("standby", "any")
+        for attempt in attempts
+    ]
+
+
+# --- one address after the other
+
+
+def connect(params: Params, deadline: float) -> PGconn:
+    """A connected, non-blocking libpq handle.
+
+    The addresses are tried one after the other; each gets an equal share of the time that is left
+    (one that swallows packets must not use up the others' time), and at most `connect_timeout`.
+
+    Raises:
+        psycopg.OperationalError: no address worked; the text has the server's or libpq's words.
+        psycopg.errors.ConnectionTimeout: not in time.
+    """
+    attempts, failures = _attempts(params)
+    for index, attempt in enumerate(attempts):
+        until = _share(params, deadline, len(attempts) - index)
+        connected = _try(attempt, until, failures)
+        if connected is not None:
+            return connected
+        if monotonic() >= deadline:
+            break
+    raise _merged(failures)
+
+
+def _share(params: Params, deadline: float, attempts_left: int) -> float:
+    now = monotonic()
+    share = inf if deadline == inf else now + max(0.0, deadline - now) / attempts_left
+    timeout = _setting(params, "connect_timeout")
+    # libpq: 0, negative or not a number is "no limit"
+    limit = float(timeout) if timeout.lstrip("+-").isdigit() else 0.0
+    return min(share, now + limit) if limit > 0 else share
+
+
+def _try(attempt: Params, until: float, failures: list[psycopg.OperationalError]) -> PGconn | None:
+    try:
+        return _connected(attempt, until, None)
+    except psycopg.OperationalError as error:
+        failures.append(error)
+        return None
+
+
+def _merged(failures: list[psycopg.OperationalError]) -> psycopg.OperationalError:
+    if len(failures) == 1:
+        return failures[0]
+    if not failures:
+        return psycopg.OperationalError("there is no address to connect to")
+    texts = dict.fromkeys(str(failure) for failure in failures)
+    return type(failures[-1])("\n".join(texts))
+
+
+def _connected(attempt: Params, until: float, tape: Tape | None) -> PGconn:
+    handle = pq.PGconn.connect_start(make_conninfo("", **attempt).encode())
+    # Should an interrupt strike before the `try`, the handle has no owner: psycopg's PGconn closes
+    # its socket when it is freed.
+    try:
+        if tape is not None:
+            tape.attach(handle)
+        _step_until_connected(handle, until)
+    except BaseException:
+        if tape is not None:
+            handle.untrace()  # flushes; a freed handle would leave it to the exit of the process
+        handle.finish()
+        raise
+    return handle
+
+
+def _step_until_connected(handle: PGconn, until: float) -> None:
+    # "behave as if the last poll said: waiting to write" (libpq docs)
+    wanted = WRITE if handle.status != pq.ConnStatus.BAD else 0
+    while wanted:
+        # The descriptor can change between steps (TLS refused, next address): ask each time.
+        if not wait(handle.socket, wanted, until):
+            raise psycopg.errors.ConnectionTimeout("the server did not answer in time")
+        wanted = _next_step(handle.connect_poll())
+    if handle.status != pq.ConnStatus.OK:
+        raise psycopg.OperationalError(handle.get_error_message())
+    handle.nonblocking = 1
+
+
+def _next_step(status: int) -> int:
+    if status == pq.PollingStatus.READING:
+        return READ
+    if status == pq.PollingStatus.WRITING:
+        return WRITE
+    return 0  # connected, or failed: the status tells
+
+
+# --- why it failed
+
+
+class Tape:
+    """What the server said during one attempt to connect, recorded by libpq's trace.
+
+    libpq keeps no SQLSTATE of a failed attempt, and the text is in the server's language; its trace
+    shows the fields of the error message. A memory file, never one on disk: it may hold
+    what was sent. psycopg never closes the C stream it makes for the trace: about 5 kB stay
+    allocated per diagnosis, so diagnose once per outage, not once per attempt.
+    """
+
+    # The server sends severity (S, translated, and V) before the code (C), and the text after it,
+    # so that text cannot imitate a code. Tab-separated: direction, length, message name, fields.
+    _ERROR = re.compile(
+        rb'^B\t\d+\tErrorResponse\t(?: [SV] "[^"\n]*")* C "([0-9A-Z]{5})"', re.MULTILINE
+    )
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("penstock-diagnosis")
+
+    def attach(self, handle: PGconn) -> None:
+        """Record what this handle hears from now on."""
+        handle.trace(self._fd)
+        handle.set_trace_flags(pq.Trace.SUPPRESS_TIMESTAMPS)
+
+    def close(self) -> list[str]:
+        """Forget the recording; returns the codes of all errors heard."""
+        try:
+            size = os.fstat(self._fd).st_size
+            return [code.decode() for code in self._ERROR.findall(os.pread(self._fd, size, 0))]
+        finally:
+            os.close(self._fd)
+
+
+def diagnose(error: BaseException, recipe: Recipe, seconds: float | None) -> Diagnosis:
+    """Tell why an attempt to connect raised `error`; takes one more attempt where that can help."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    sqlstate = getattr(error, "sqlstate", None)
+    if sqlstate is not None:
+        return Diagnosis(sqlstate=sqlstate, heals=_heals(sqlstate), text=text)
+    if isinstance(error, psycopg.ProgrammingError) or _names_nothing(error):
+        return Diagnosis(sqlstate=None, heals=False, text=text)
+    if not isinstance(error, psycopg.OperationalError) or isinstance(
+        error, psycopg.errors.ConnectionTimeout
+    ):  # another attempt would only be late again
+        return Diagnosis(sqlstate=None, heals=True, text=text)
+    return _diagnosis_by_trying(text, recipe, deadline_in(seconds))
+
+
+def _names_nothing(error: BaseException) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, UnicodeError) or (
+        isinstance(cause, socket.gaierror) and cause.errno in _NO_SUCH_NAME
+    )
+
+
+def _heals(sqlstate: str) -> bool:
+    return not sqlstate.startswith(_LASTING)
+
+
+def _diagnosis_by_trying(text: str, recipe: Recipe, deadline: float) -> Diagnosis:
+    params = connection_params(recipe)
+    if not _are_valid_options(params):
+        return Diagnosis(sqlstate=None, heals=False, text=text)
+    codes = list(_codes(params, deadline)) if hasattr(os, "memfd_create") else []
+    # Of several servers, one that may take us in later is enough for hope; those that cannot be
+    # reached are not counted (localhost is often two addresses, of which one listens).
+    for code in codes:
+        if _heals(code):
+            return Diagnosis(sqlstate=code, heals=True, text=text)
+    if codes:
+        return Diagnosis(sqlstate=codes[-1], heals=False, text=text)
+    return Diagnosis(sqlstate=None, heals=True, text=text)
+
+
+def _codes(params: Params, deadline: float) -> Iterator[str]:
+    """The last code that each address answers with, those that connect or say nothing left out."""
+    attempts, _ = _attempts(params)
+    for index, attempt in enumerate(attempts):
+        heard = _heard(attempt, _share(params, deadline, len(attempts) - index))
+        if heard:
+            # The last: with sslmode=prefer libpq tries twice, and the second one counts.
+            yield heard[-1]
+        if monotonic() >= deadline:
+            return
+
+
+def _heard(attempt: Params, until: float) -> list[str]:
+    tape = Tape()
+    try:
+        handle = _connected(attempt, until, tape)
+        handle.untrace()
+        handle.finish()
+    except psycopg.Error:  # NotSupportedError, if libpq cannot trace
+        pass
+    finally:
+        codes = tape.close()
+    return codes
+
+
+def _are_valid_options(params: Params) -> bool:
+    """Whether libpq takes these options, found without reading its text.
+
+    It checks them before it opens a socket. So it is pointed at a listening socket of our own: an
+    attempt that is over at once was never begun. Nothing is sent.
+    """
+    try:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1)
+    except OSError:  # no loopback here: then it cannot be told
+        return True
+    with listener:
+        port = listener.getsockname()[1]
+        probe = {**params, "host": "127.0.0.1", "hostaddr": "127.0.0.1", "port": port}
+        handle = pq.PGconn.connect_start(make_conninfo("", **probe).encode())
+        try:
+            return handle.status != pq.ConnStatus.BAD
+        finally:
+            handle.finish()

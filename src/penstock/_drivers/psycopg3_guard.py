@@ -1,0 +1,269 @@
+"""What penstock puts round a psycopg connection: a dead handle, and a watch over its settings.
+
+Two things are wanted and neither may cost a query anything. A connection that was given back must
+raise when it is used: `DEAD` takes the place of its libpq handle. And no setting that one borrower
+made (autocommit, row factory, handlers, adapters ...) may reach the next: comparing them all at
+each return costs 66 to 190 ns, so a subclass, made once per connection class, notes the change
+when it happens and the return reads one attribute (5 ns).
+
+It must not know: how links are opened or cleaned, deadlines, the server.
+Private names of psycopg that this relies on are each held by tests/drivers/
+test_third_party_assumptions.py.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
+from weakref import ref
+
+import psycopg
+from psycopg.adapt import AdaptersMap
+from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
+from psycopg.types import TypesRegistry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from psycopg import Connection
+    from psycopg.abc import Dumper, Loader
+    from psycopg.pq.abc import PGconn
+
+    AnyConnection = Connection[Any]
+
+C = TypeVar("C", bound="Connection[Any]")
+
+GIVEN_BACK: Final = "this connection was given back to its pool; borrow another"
+
+
+class DeadHandle:
+    """Stands where the libpq handle was while nobody has borrowed the connection.
+
+    Its status is "bad", so that `conn.closed` is true, `conn.close()` does nothing and the
+    connection's finalizer does not complain. Whatever else is asked of it raises.
+    """
+
+    __slots__ = ()
+
+    status = ConnStatus.BAD
+    transaction_status = TransactionStatus.UNKNOWN
+    pipeline_status = PipelineStatus.OFF
+    # psycopg's notice callback reads this name from the connection; a notice can arrive while the
+    # session of a returned connection is being reset.
+    _encoding = "utf-8"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise psycopg.InterfaceError(GIVEN_BACK)
+
+
+DEAD: Final = cast("PGconn", DeadHandle())
+
+
+class InPool:
+    """What `conn._pool` is: with it, psycopg's `with conn:` does not close the connection.
+
+    It has no `close_returns`, so that `conn.close()` ends the session and the pool sees that.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "<a penstock pool>"
+
+
+IN_POOL: Final = InPool()
+
+# The settings that live in the connection object itself, under psycopg's names for them.
+_PLAIN: Final = (
+    "_autocommit",
+    "_isolation_level",
+    "_read_only",
+    "_deferrable",
+    "row_factory",
+    "cursor_factory",
+    "server_cursor_factory",
+)
+_SETTINGS: Final = frozenset((*_PLAIN, "prepare_threshold", "prepared_max", "_tpc"))
+
+# Blocks that somebody is still inside of, with the value that says "nobody". A connection that
+# comes back like this cannot be lent again: whoever is inside would leave the block on it later.
+_OPEN_BLOCKS: Final[dict[str, Callable[[Any], bool]]] = {
+    "_num_transactions": bool,
+    "_pipeline": bool,
+    "_notifies_backlog": lambda backlog: backlog is None,
+}
+_WATCHED: Final = _SETTINGS | _OPEN_BLOCKS.keys()
+
+# Where the note is kept in the connection's attributes; the link holds the same set.
+_NOTE: Final = "_penstock_touched"
+
+
+def _note(conn: AnyConnection, name: str, value: object) -> None:
+    """Write down that an attribute changes; refuse if the connection is nobody's."""
+    attributes = vars(conn)
+    touched: set[str] | None = attributes.get(_NOTE)
+    if touched is None:  # psycopg is still building it
+        return
+    is_open = _OPEN_BLOCKS.get(name)
+    if is_open is None:
+        if attributes["pgconn"] is DEAD:
+            raise psycopg.InterfaceError(GIVEN_BACK)
+        touched.add(name)
+    elif is_open(value):
+        touched.add(name)
+    else:
+        touched.discard(name)
+
+
+@cache
+def watched(base: type[C]) -> type[C]:
+    """The class to build connections of: `base`, and it notes changes of settings.
+
+    It looks like `base` (name, module, isinstance) and costs a query nothing: psycopg sets none of
+    the watched attributes for a statement, and reading them takes the same way as before.
+    """
+
+    class Watched(base):  # type: ignore[valid-type, misc]
+        __doc__ = base.__doc__
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name in _WATCHED:
+                _note(self, name, value)
+            super().__setattr__(name, value)
+
+        def add_notice_handler(self, callback: Any) -> None:
+            _note(self, "notice handlers", callback)
+            super().add_notice_handler(callback)
+
+        def remove_notice_handler(self, callback: Any) -> None:
+            _note(self, "notice handlers", callback)
+            super().remove_notice_handler(callback)
+
+        def add_notify_handler(self, callback: Any) -> None:
+            _note(self, "notify handlers", callback)
+            super().add_notify_handler(callback)
+
+        def remove_notify_handler(self, callback: Any) -> None:
+            _note(self, "notify handlers", callback)
+            super().remove_notify_handler(callback)
+
+        def _check_connection_ok(self) -> None:
+            # psycopg would say "the connection is closed", by an error that people retry.
+            # Once per statement, and as dear as the method that it replaces.
+            if self.pgconn.status == ConnStatus.OK:
+                return
+            if self.pgconn is DEAD:
+                raise psycopg.InterfaceError(GIVEN_BACK)
+            super()._check_connection_ok()
+
+    Watched.__name__ = base.__name__
+    Watched.__qualname__ = base.__qualname__
+    Watched.__module__ = base.__module__
+    return cast("type[C]", Watched)
+
+
+class WatchedTypes(TypesRegistry):
+    """The types of a `WatchedAdapters`; adding one is a change of the connection's settings."""
+
+    def __init__(self, template: TypesRegistry, owner: WatchedAdapters) -> None:
+        super().__init__(template)
+        self._owner = ref(owner)
+
+    def add(self, info: Any) -> None:
+        """Add a type, as in psycopg."""
+        self._tell()
+        super().add(info)
+
+    def clear(self) -> None:
+        """Forget all types, as in psycopg."""
+        self._tell()
+        super().clear()
+
+    def _tell(self) -> None:
+        owner = self._owner()
+        if owner is not None:
+            owner.about_to_change()
+
+
+class WatchedAdapters(AdaptersMap):
+    """A connection's adapters, keeping a copy of what they were before the first change.
+
+    psycopg makes a map of this kind for each connection at its first cursor, and copies it for
+    each cursor, so reading it cannot be the sign of a change; registering is.
+    """
+
+    before: AdaptersMap | None = None
+
+    def __init__(self, template: AdaptersMap, conn: AnyConnection) -> None:
+        super().__init__(template)
+        # Weak: a cycle would leave dropped connections open until the garbage collector runs.
+        self._connection = ref(conn)
+        self.types = WatchedTypes(template.types, self)
+
+    def register_dumper(self, cls: type | str | None, dumper: type[Dumper]) -> None:
+        """Register a dumper, as in psycopg."""
+        self.about_to_change()
+        super().register_dumper(cls, dumper)
+
+    def register_loader(self, oid: int | str, loader: type[Loader]) -> None:
+        """Register a loader, as in psycopg."""
+        self.about_to_change()
+        super().register_loader(oid, loader)
+
+    def about_to_change(self) -> None:
+        """Note the change and keep a copy of the state before it."""
+        conn = self._connection()
+        if conn is None:
+            return
+        _note(conn, "adapters", self)
+        if self.before is None:
+            self.before = AdaptersMap(self)
+
+
+def equip(conn: AnyConnection, adapters: AdaptersMap) -> set[str]:
+    """Begin to watch a connection built of a `watched` class; returns what notes the changes."""
+    attributes = vars(conn)
+    touched: set[str] = set()
+    attributes["_pool"] = IN_POOL
+    attributes["_adapters"] = WatchedAdapters(adapters, conn)
+    attributes[_NOTE] = touched
+    return touched
+
+
+class Settings:
+    """The client-side settings of a connection as they were at one instant."""
+
+    __slots__ = ("_notice", "_notify", "_plain", "_prepared_max", "_threshold")
+
+    def __init__(self, conn: AnyConnection) -> None:
+        attributes = vars(conn)
+        self._plain = {name: attributes[name] for name in _PLAIN}
+        self._threshold = attributes["_prepared"].prepare_threshold
+        self._prepared_max = attributes["_prepared"].prepared_max
+        self._notice = tuple(attributes["_notice_handlers"])
+        self._notify = tuple(attributes["_notify_handlers"])
+        attributes["_adapters"].before = None
+        attributes[_NOTE].clear()
+
+    def restore(self, conn: AnyConnection) -> None:
+        """Set everything back. Works on a returned connection, and says nothing to the server."""
+        attributes = vars(conn)
+        attributes.update(self._plain)
+        attributes["_tpc"] = None
+        attributes["_begin_statement"] = b""  # psycopg's cache of what the settings above mean
+        attributes["_prepared"].prepare_threshold = self._threshold
+        attributes["_prepared"].prepared_max = self._prepared_max
+        attributes["_notice_handlers"][:] = self._notice
+        attributes["_notify_handlers"][:] = self._notify
+        if (before := attributes["_adapters"].before) is not None:
+            attributes["_adapters"] = WatchedAdapters(before, conn)
+        attributes[_NOTE].clear()
+
+
+def is_inside_block(conn: AnyConnection, touched: set[str]) -> bool:
+    """Whether a transaction(), pipeline() or notifies() of this connection has not ended.
+
+    The lock is held by a `notifies()` that somebody still iterates over, and by a statement under
+    way in another thread.
+    """
+    return not _OPEN_BLOCKS.keys().isdisjoint(touched) or conn.lock.locked()
