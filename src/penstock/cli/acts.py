@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from penstock.cli.server_sessions import list_sessions, terminate_all
+from penstock.cli.server_sessions import list_sessions, terminate_all, watch_go
 from penstock.cli.verdict import Permit
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Restartable(Protocol):
     def stop(self) -> None:
         """End it by a fast shutdown."""
 
-    def start(self) -> None:
+    def start(self) -> object:
         """Start it again and wait until it answers."""
 
 
@@ -44,6 +45,7 @@ class Scene:
 
     Attributes:
         conninfo: of the bank's database.
+        workers: the pids of gunicorn's workers that live.
         wait: waits so many seconds; raises when the demo is interrupted.
     """
 
@@ -52,6 +54,7 @@ class Scene:
     load: Load
     seconds: float
     chance: random.Random
+    workers: Callable[[], list[int]]
     wait: Callable[[float], None]
 
     def before(self) -> None:
@@ -65,8 +68,9 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """A title and a deed."""
+    """A word for the command line, a title for people, and a deed."""
 
+    name: str
     title: str
     perform: Callable[[Scene], Permit]
 
@@ -79,7 +83,8 @@ def _calm(scene: Scene) -> Permit:
 
 def _kill_a_worker(scene: Scene) -> Permit:
     scene.before()
-    worker = scene.chance.choice(scene.load.workers_in_use())
+    workers = scene.workers()
+    worker = scene.chance.choice(scene.load.in_use_of(workers) or workers)
     clients = scene.load.clients_of(worker)
     os.kill(worker, signal.SIGKILL)
     killed_at = time.monotonic()
@@ -98,8 +103,9 @@ def _end_idle_sessions(scene: Scene) -> Permit:
     gate.release()
     released_at = time.monotonic()
     scene.after()
-    # Nobody held one, so their end excuses nobody.
-    return Permit(released_at, note=f"{len(ended.gone)} sessions ended, none of them in use")
+    # Nobody held one, and all had gone before anybody asked again: their end excuses nobody.
+    note = f"{len(ended.gone)} sessions ended, none of them in use"
+    return Permit(released_at, gone=ended.gone, notice=0.0, note=note)
 
 
 def _end_sessions(scene: Scene) -> Permit:
@@ -116,8 +122,11 @@ def _restart_database(scene: Scene) -> Permit:
     sessions = list_sessions(scene.conninfo)
     busy = sum(state != "idle" for state in sessions.values())
     begun = time.monotonic()
-    scene.server.stop()
-    gone_at = time.monotonic()
+    with ThreadPoolExecutor(1) as watcher:
+        watching = watcher.submit(watch_go, sessions)
+        scene.server.stop()
+        gone_at = time.monotonic()
+        gone = watching.result()
     scene.wait(DOWN_SECONDS)
     scene.server.start()
     back_at = time.monotonic()
@@ -126,13 +135,14 @@ def _restart_database(scene: Scene) -> Permit:
         f"{len(sessions)} sessions ended, {busy} of them at work;"
         f" the database was away for {back_at - begun:.1f} s"
     )
-    return Permit(back_at, all_gone_at=gone_at, note=note)
+    # A session opened since the list was made: it had gone when the server had.
+    return Permit(back_at, gone=gone, all_gone_at=gone_at, note=note)
 
 
 ACTS = (
-    Act("calm", _calm),
-    Act("a worker killed with -9", _kill_a_worker),
-    Act("sessions ended, load held", _end_idle_sessions),
-    Act("sessions ended, full load", _end_sessions),
-    Act("database restarted", _restart_database),
+    Act("calm", "calm", _calm),
+    Act("worker", "worker killed", _kill_a_worker),
+    Act("idle", "idle sessions ended", _end_idle_sessions),
+    Act("sessions", "all sessions ended", _end_sessions),
+    Act("restart", "database restarted", _restart_database),
 )

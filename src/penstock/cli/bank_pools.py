@@ -32,8 +32,10 @@ class Figures(NamedTuple):
 
 
 class Lend(NamedTuple):
-    """Which server process a thread was last lent, and when (`time.monotonic`, the same clock in
-    every process of a machine)."""
+    """Which server process a thread was last lent, and when.
+
+    By `time.monotonic`, which is one clock for all processes of a machine.
+    """
 
     backend: int
     at: float

@@ -32,8 +32,8 @@ TRANSFER = (
     "update pgbench_accounts set abalance = abalance + %(delta)s where aid = %(aid)s",
     "update pgbench_tellers set tbalance = tbalance + %(delta)s where tid = %(tid)s",
     "update pgbench_branches set bbalance = bbalance + %(delta)s where bid = %(bid)s",
-    "insert into pgbench_history (tid, bid, aid, delta, mtime, filler)"
-    " values (%(tid)s, %(bid)s, %(aid)s, %(delta)s, current_timestamp, %(id)s)",
+    """insert into pgbench_history (tid, bid, aid, delta, mtime, filler)
+       values (%(tid)s, %(bid)s, %(aid)s, %(delta)s, current_timestamp, %(id)s)""",
     "select %(nonce)s::text, %(id)s::text, abalance from pgbench_accounts where aid = %(aid)s",
 )
 

@@ -61,7 +61,9 @@ def _fill_by_sql(bank: str, scale: int) -> None:
     tellers, accounts = scale * TELLERS_PER_BRANCH, scale * ACCOUNTS_PER_BRANCH
     with psycopg.connect(bank) as conn:
         conn.execute(TABLES)
-        conn.execute("insert into pgbench_branches select i, 0 from generate_series(1, %s) i", (scale,))
+        conn.execute(
+            "insert into pgbench_branches select i, 0 from generate_series(1, %s) i", (scale,)
+        )
         conn.execute(
             "insert into pgbench_tellers select i, (i - 1) / %s + 1, 0 from generate_series(1, %s) i",
             (TELLERS_PER_BRANCH, tellers),

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 POOLS = ("penstock", "psycopg_pool", "psycopg2")
+ACTS = ("calm", "worker", "idle", "sessions", "restart")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,14 +32,11 @@ def penstock() -> None:
 )
 @click.option("--workers", default=4, show_default=True, type=click.IntRange(1, 16))
 @click.option(
-    "--preload",
-    "modes",
-    type=click.Choice(["no", "yes", "both"]),
-    default="both",
-    show_default=True,
-    help="Load the application before the fork, its pool already used in the master.",
+    "--preload/--no-preload",
+    default=None,
+    help="Load the application before the fork, its pool already used in the master; or not."
+    "  [default: first without, then with]",
 )
-@click.option("--no-preload", "modes", flag_value="no", help="The same as --preload=no.")
 @click.option(
     "--seconds",
     default=4.0,
@@ -46,15 +44,28 @@ def penstock() -> None:
     type=click.FloatRange(0.5, 60.0),
     help="How long each act lasts.",
 )
+@click.option(
+    "--act",
+    "acts",
+    type=click.Choice(ACTS),
+    multiple=True,
+    help="Only this act; may be given several times.  [default: all]",
+)
 @click.option("--clients", default=16, show_default=True, type=click.IntRange(1, 64))
 @click.option("--seed", type=int, help="Repeat the choices of an earlier run.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the account to this file, too.",
+)
 def demo(
     *,
     pool: str,
     workers: int,
-    modes: str,
+    preload: bool | None,
     seconds: float,
+    acts: tuple[str, ...],
     clients: int,
     seed: int | None,
     json_path: Path | None,
@@ -70,8 +81,9 @@ def demo(
     plan = Plan(
         pool=pool,
         workers=workers,
-        preloads={"no": (False,), "yes": (True,), "both": (False, True)}[modes],
+        preloads=(False, True) if preload is None else (preload,),
         seconds=seconds,
+        acts=acts or ACTS,
         clients=clients,
         seed=secrets.randbelow(1_000_000) if seed is None else seed,
         json_path=json_path,

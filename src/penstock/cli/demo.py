@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from penstock.cli.screen import MODES, Screen, summary_line
 from penstock.cli.server_sessions import OBSERVER, SessionWatch
 from penstock.cli.verdict import ActResult, complaints
 from penstock.cli.worker_report import read_reports
-from penstock.launcher import Server
+from penstock.launcher import LauncherError, Server
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +45,7 @@ class Plan:
     workers: int
     preloads: tuple[bool, ...]
     seconds: float
+    acts: tuple[str, ...]
     clients: int
     seed: int
     json_path: Path | None
@@ -54,7 +56,9 @@ def run(plan: Plan) -> int:
     missing = _missing(plan.pool)
     if missing is not None:
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
-    screen = Screen(len(plan.preloads) * len(ACTS))
+    # A moment is to be noted when it happens, not when sixteen busy clients have had their turns.
+    sys.setswitchinterval(0.0005)
+    screen = Screen(len(plan.preloads) * len(plan.acts))
     try:
         with Interruption() as interruption, screen:
             results = Demo(plan, screen, interruption).perform()
@@ -62,7 +66,10 @@ def run(plan: Plan) -> int:
         screen.say(f"penstock demo: {signalled}: everything ended and removed")
         return 128 + signalled.signum
     except ServiceDidNotStartError as error:
-        screen.say(f"penstock demo: the service did not start\n{error}")
+        screen.say(f"penstock demo: the service did not start; its last words:\n{error}")
+        return 1
+    except LauncherError as error:
+        screen.say(f"penstock demo: {error}")
         return 1
     screen.conclude(summary_line(results))
     if plan.json_path:
@@ -138,15 +145,16 @@ class Demo:
             )
             self._screen.watch(partial(read_reports, reports), lambda: watch.groups)
             results = [
-                self._perform_act(act, server, bank, gunicorn.port, preload=preload)
+                self._perform_act(act, server, bank, gunicorn.port, reports, preload=preload)
                 for act in ACTS
+                if act.name in self._plan.acts
             ]
             self._screen.show_workers()
             self._screen.unwatch()
         return results
 
     def _perform_act(
-        self, act: Act, server: Server, bank: Bank, port: int, *, preload: bool
+        self, act: Act, server: Server, bank: Bank, port: int, reports: Path, *, preload: bool
     ) -> ActResult:
         plan = self._plan
         seed = f"{plan.seed}/{act.title}/{MODES[preload]}"
@@ -160,11 +168,12 @@ class Demo:
                     load=load,
                     seconds=plan.seconds,
                     chance=random.Random(seed),
+                    workers=lambda: [report.pid for report in read_reports(reports)],
                     wait=self._interruption.wait,
                 )
             )
+            load.finish(self._interruption.wait)
         ended = time.monotonic()
-        self._interruption.check()
         tally, findings = load.tally(), self._audit(server)
         result = ActResult(
             title=act.title,

@@ -26,7 +26,7 @@ class InterruptedBySignal(Exception):  # noqa: N818  (a request from outside, no
 
 
 class Interruption:
-    """While entered, SIGINT and SIGTERM are noted; `check` and `wait` raise what was noted."""
+    """While entered, SIGINT, SIGTERM and SIGHUP are noted; `check` and `wait` raise what was noted."""
 
     def __init__(self) -> None:
         self._noted: int | None = None
@@ -34,7 +34,7 @@ class Interruption:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._before[signum] = signal.signal(signum, self._note)
         return self
 
@@ -46,6 +46,10 @@ class Interruption:
     ) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]  # what signal() gave us
+        if isinstance(error, Exception) and not isinstance(error, InterruptedBySignal):
+            # Ctrl-C reaches the programs that somebody runs in our terminal, too: what fails
+            # after it fails because of it.
+            self.check()
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
         hurry = self._noted is not None and signum == signal.SIGINT

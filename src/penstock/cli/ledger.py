@@ -139,18 +139,14 @@ class Findings:
         return ", ".join(said) or "adds up"
 
 
-def audit(
-    asked: Mapping[str, Transfer], acknowledged: Iterable[str], books: Books
-) -> Findings:
+def audit(asked: Mapping[str, Transfer], acknowledged: Iterable[str], books: Books) -> Findings:
     """Compare everything asked and acknowledged so far with the books."""
     times = Counter(line.id for line in books.lines)
     told = frozenset(acknowledged)
     return Findings(
         missing=frozenset(told - times.keys()),
         repeated=frozenset(each for each, count in times.items() if count > 1),
-        altered=frozenset(
-            line.id for line in books.lines if asked.get(line.id, line) != line
-        ),
+        altered=frozenset(line.id for line in books.lines if asked.get(line.id, line) != line),
         unknown=frozenset(times.keys() - asked.keys()),
         imbalance=(
             books.accounts - books.history,

@@ -155,11 +155,8 @@ class Load:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # After an error nobody waits for their answers; the threads are daemons.
         self.gate.close()
-        # On the way out because of an error nobody wants their answers; they are daemons.
-        if error is None:
-            for client in self._clients:
-                client.join()
 
     def tally(self) -> Tally:
         """All that happened so far."""
@@ -172,9 +169,16 @@ class Load:
         """How many clients are connected to that worker, or not yet known to be to another."""
         return sum(client.worker in (worker, None) for client in self._clients)
 
-    def workers_in_use(self) -> list[int]:
-        """The workers which clients are connected to, in order of pid."""
-        return sorted({client.worker for client in self._clients if client.worker is not None})
+    def in_use_of(self, workers: list[int]) -> list[int]:
+        """Those workers which a client is connected to."""
+        connected = {client.worker for client in self._clients}
+        return [worker for worker in workers if worker in connected]
+
+    def finish(self, wait: Callable[[float], None]) -> None:
+        """Let the clients finish what they asked, and go; `wait` may raise to give up."""
+        self.gate.close()
+        while any(client.is_alive() for client in self._clients):
+            wait(0.005)
 
 
 class Client(threading.Thread):
@@ -267,14 +271,12 @@ class Client(threading.Thread):
 
     def _note_no_answer(self, outcome: Outcome, text: str) -> None:
         self.tally.counts[outcome] += 1
-        self.tally.troubles.append(
-            Trouble(outcome, None, text, self.worker, at=time.monotonic())
-        )
+        self.tally.troubles.append(Trouble(outcome, None, text, self.worker, at=time.monotonic()))
         self._hang_up()
 
     def _note_error(self, status: int, content: bytes) -> None:
         try:
-            said = json.loads(content)
+            said: dict[str, Any] = json.loads(content)
         except ValueError:  # gunicorn's own error page
             said = {"error": "HTTP", "text": content.decode(errors="replace")}
         self.tally.counts[Outcome.FAILED] += 1

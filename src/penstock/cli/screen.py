@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from penstock.cli.verdict import ActResult
     from penstock.cli.worker_report import WorkerReport
 
-MODES = {False: "no preload", True: "preload"}
+MODES = {False: "without --preload", True: "with --preload"}
 
 
 class Screen:
@@ -134,7 +135,7 @@ def summary_line(results: Sequence[ActResult]) -> str:
 
 def _one_line(number: int, acts: int, result: ActResult) -> str:
     counts = ", ".join(f"{result.count(outcome):,} {outcome.value}" for outcome in Outcome)
-    verdict = "ok" if result.ok else "NOT OK"
+    verdict = "ok" if result.ok else "NOT ok"
     note = f" ({result.note})" if result.note else ""
     return (
         f"act {number}/{acts}, {MODES[result.preload]}: {result.title}: {counts},"
@@ -143,10 +144,18 @@ def _one_line(number: int, acts: int, result: ActResult) -> str:
     )
 
 
+def _table(title: str, *columns: str) -> Table:
+    """A table whose columns hold figures, but for the first."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
 def _workers_table(reports: Sequence[WorkerReport]) -> Table:
-    table = Table(title="workers", title_justify="left")
-    for column in ("pid", "idle", "in use", "waiting", "served", "wait p50 ms", "wait p99 ms"):
-        table.add_column(column, justify="right")
+    table = _table("workers", "pid", "idle", "in use", "waiting", "served", "wait p50 ms", "p99 ms")
     for report in reports:
         table.add_row(
             str(report.pid),
@@ -161,37 +170,30 @@ def _workers_table(reports: Sequence[WorkerReport]) -> Table:
 
 
 def _sessions_table(groups: Sequence[SessionGroup] | None) -> Table:
-    table = Table(title="pg_stat_activity", title_justify="left")
-    table.add_column("application_name")
-    table.add_column("sessions", justify="right")
-    table.add_column("idle", justify="right")
-    table.add_column("at work", justify="right")
+    table = _table("pg_stat_activity", "application_name", "sessions", "idle", "at work")
     if groups is None:
-        table.add_row("(the database is away)", "", "", "")
+        table.add_row("(the database is away)")
     for group in groups or ():
         table.add_row(group.name, str(group.idle + group.busy), str(group.idle), str(group.busy))
     return table
 
 
 def _results_table(results: Sequence[ActResult]) -> Table:
-    table = Table(title="acts", title_justify="left")
-    table.add_column("mode")
-    table.add_column("act")
-    for column in ("served", "failed", "cut", "wrong", "lost"):
-        table.add_column(column, justify="right")
-    table.add_column("money")
-    table.add_column("")
+    table = _table("acts", "", "served", "failed", "cut", "wrong", "lost", "money", "")
+    mode = None
     for result in results:
+        if result.preload is not mode:
+            mode = result.preload
+            table.add_row(MODES[mode], style="bold")
         table.add_row(
-            MODES[result.preload],
-            result.title,
+            f"  {result.title}",
             f"{result.count(Outcome.SERVED):,}",
             f"{result.count(Outcome.FAILED):,}",
             f"{result.count(Outcome.CUT):,}",
             f"{result.count(Outcome.WRONG):,}",
             f"{result.findings.lost:,}",
-            "adds up" if result.findings.adds_up else "does not",
-            "ok" if result.ok else "NO",
+            "adds up" if result.findings.adds_up else "does NOT",
+            "ok" if result.ok else "NOT ok",
             style="" if result.ok else "red",
         )
     return table

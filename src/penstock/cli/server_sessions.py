@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 import psycopg
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import TracebackType
 
 # The demo's own sessions bear this name, and are neither shown nor ended.
@@ -58,9 +59,7 @@ class Ended:
 
 
 def _observe(conninfo: str) -> psycopg.Connection[tuple[object, ...]]:
-    return psycopg.connect(
-        conninfo, autocommit=True, application_name=OBSERVER, connect_timeout=5
-    )
+    return psycopg.connect(conninfo, autocommit=True, application_name=OBSERVER, connect_timeout=5)
 
 
 def list_sessions(conninfo: str) -> dict[int, str]:
@@ -78,17 +77,18 @@ def terminate_all(conninfo: str) -> Ended:
             (OBSERVER,),
         ).fetchall()
     pids = [int(str(pid)) for pid, _, _ in rows]
-    return Ended(_watch_go(pids), sum(state != "idle" for _, state, _ in rows))
+    return Ended(watch_go(pids), sum(state != "idle" for _, state, _ in rows))
 
 
-def _watch_go(pids: list[int]) -> dict[int, float]:
-    """When each process was first seen to be gone; the last look for all is after 5 s."""
+def watch_go(pids: Iterable[int]) -> dict[int, float]:
+    """When each server process was first seen to be gone; after 5 s, those that were."""
     gone: dict[int, float] = {}
+    left = set(pids)
     until = time.monotonic() + 5.0
-    while len(gone) < len(pids) and time.monotonic() < until:
-        for pid in pids:
-            if pid not in gone and not _process_exists(pid):
-                gone[pid] = time.monotonic()
+    while left and time.monotonic() < until:
+        for pid in [each for each in left if not _process_exists(each)]:
+            gone[pid] = time.monotonic()
+            left.remove(pid)
         time.sleep(0.0005)
     return gone
 

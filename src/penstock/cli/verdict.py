@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from penstock.cli.ledger import Findings
 
-# A process that is gone was seen to be gone a little later, and a pool must be scheduled once to hear
-# of it: all of that on two cores which the load keeps busy.
+# A pool hears of a session's end as soon as one of its threads is scheduled: on two cores which the
+# load keeps busy, and in a process whose other threads want the interpreter, too.
 NOTICE = 0.02
 
 
@@ -32,6 +32,7 @@ class Permit:
         over_at: when the disturbance was over; from then on the service has to serve.
         gone: the sessions that were ended (server pid), and when they were seen to be gone.
         all_gone_at: when every session there was had gone; None if only those in `gone` ended.
+        notice: how long after its end a session may still have been lent.
         killed_worker: the worker that was killed.
         note: the figures behind it, for people.
     """
@@ -39,6 +40,7 @@ class Permit:
     over_at: float
     gone: Mapping[int, float] = field(default_factory=dict)
     all_gone_at: float | None = None
+    notice: float = NOTICE
     killed_worker: int | None = None
     note: str = ""
 
@@ -126,7 +128,7 @@ def _unexcused(trouble: Trouble, permit: Permit) -> str | None:
     gone_at = permit.gone.get(trouble.backend, permit.all_gone_at)
     if gone_at is None:
         return "failed though nobody had ended their session"
-    if trouble.lent_at > gone_at + NOTICE:
+    if trouble.lent_at > gone_at + permit.notice:
         return "failed: lent a session that had ended before"
     return None
 
