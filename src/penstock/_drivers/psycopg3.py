@@ -59,7 +59,9 @@ class Psycopg3Link:
 
     __slots__ = ("_attributes", "_reset", "_settings", "_touched", "conn", "fd", "handle")
 
-    def __init__(self, conn: AnyConnection, handle: PGconn, touched: set[str]) -> None:
+    def __init__(
+        self, conn: AnyConnection, handle: PGconn, touched: set[str], *, resets_session: bool
+    ) -> None:
         self.conn = conn
         self.handle = handle
         self.fd: int = handle.socket
@@ -67,7 +69,7 @@ class Psycopg3Link:
         self._attributes: dict[str, Any] = vars(conn)
         self._touched = touched
         self._settings = Settings(conn)
-        self._reset: bytes | None = None
+        self._reset = reset_message(handle, None) if resets_session else None
 
     # --- hot
 
@@ -141,10 +143,6 @@ class Psycopg3Link:
         if results is None or not all_done(results):
             raise psycopg.OperationalError("could not learn the settings of a new session")
         self._reset = reset_message(self.handle, results[-1])
-
-    def will_reset(self) -> None:
-        """Called once, on a new link: the pool's ``reset`` is "session"."""
-        self._reset = reset_message(self.handle, None)
 
     def execute(self, query: Any, params: Any = None) -> Reply:
         """One statement in autocommit: one round trip. The connection must be lent.
@@ -302,11 +300,11 @@ class Psycopg3Link:
 
 
 def _detached(cursor: psycopg.Cursor[Any]) -> Reply:
-    has_rows = cursor.description is not None
+    description = cursor.description
     reply = Reply(
-        rows=cursor.fetchall() if has_rows else None,
+        rows=None if description is None else cursor.fetchall(),
         rowcount=cursor.rowcount,
-        description=cursor.description,
+        description=description,
         statusmessage=cursor.statusmessage,
     )
     cursor.close()
@@ -374,7 +372,7 @@ def _linked(handle: PGconn, recipe: Recipe, deadline: float) -> Psycopg3Link:
     cls: type[AnyConnection] = recipe.connection_class or psycopg.Connection
     conn = watched(cls)(handle)
     context = options.get("context")
-    touched = equip(conn, psycopg.adapters if context is None else context.adapters)
+    touched = equip(conn, None if context is None else context.adapters)
     conn.prepare_threshold = options.get("prepare_threshold", 5)
     if options.get("row_factory"):
         conn.row_factory = options["row_factory"]
@@ -382,9 +380,7 @@ def _linked(handle: PGconn, recipe: Recipe, deadline: float) -> Psycopg3Link:
         conn.cursor_factory = options["cursor_factory"]
     # Not by the property: it asks whether a transaction is open, and none can be.
     vars(conn)["_autocommit"] = bool(options.get("autocommit", recipe.autocommit))
-    link = Psycopg3Link(conn, handle, touched)
-    if recipe.reset == "session":
-        link.will_reset()
+    link = Psycopg3Link(conn, handle, touched, resets_session=recipe.reset == "session")
     _set_check_interval(link, recipe.server_check_interval, deadline)
     return link
 

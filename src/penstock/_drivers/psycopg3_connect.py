@@ -104,22 +104,20 @@ def _what_is_wrong(given: Params) -> str:
     return "the connection string cannot be parsed (not shown: it may hold a password)"
 
 
-def _setting(params: Params, key: str) -> str:
-    """A parameter as libpq would see it: said by the user, by the environment, or built in."""
-    if params.get(key) is not None:
-        return str(params[key])
-    return next(
-        (
-            (option.val or b"").decode()
-            for option in pq.Conninfo.get_defaults()
-            if option.keyword.decode() == key
-        ),
-        "",
-    )
-
-
 def _uses_service(params: Params) -> bool:
-    return bool(_setting(params, "service"))
+    return bool(params.get("service") or os.environ.get("PGSERVICE"))
+
+
+def _effective(params: Params) -> dict[str, str]:
+    """All parameters as libpq sees them: built in, by the environment, or said by the user."""
+    found = {each.keyword.decode(): (each.val or b"").decode() for each in _defaults()}
+    found.update((key, str(value)) for key, value in params.items() if value is not None)
+    return found
+
+
+def _defaults() -> list[pq.ConninfoOption]:
+    # Not the environment's secrets: they would be a local variable in every traceback.
+    return [each for each in pq.Conninfo.get_defaults() if b"password" not in each.keyword]
 
 
 # --- which addresses, in which order
@@ -127,25 +125,28 @@ def _uses_service(params: Params) -> bool:
 
 def _attempts(params: Params) -> tuple[list[Params], list[psycopg.OperationalError]]:
     """One set of parameters per address to try, and the errors of names without one."""
-    hosts = _hosts(params)
+    effective = _effective(params)
+    hosts = _hosts(params, effective)
     if hosts is None:
         return [params], []
     attempts: list[Params] = []
     failures: list[psycopg.OperationalError] = []
     for host, port in hosts:
         attempts += _resolved(params, host, port, failures)
-    if _setting(params, "load_balance_hosts") == "random":
+    if effective["load_balance_hosts"] == "random":
         random.shuffle(attempts)
-    return _twice_if_standby_preferred(params, attempts), failures
+    if effective["target_session_attrs"] == "prefer-standby":
+        attempts = _twice(attempts)
+    return attempts, failures
 
 
-def _hosts(params: Params) -> list[tuple[str, str]] | None:
+def _hosts(params: Params, effective: dict[str, str]) -> list[tuple[str, str]] | None:
     """Pairs of host and port; None where libpq must find out by itself."""
-    host = _setting(params, "host")
-    if not host or _setting(params, "hostaddr") or params.get("service"):
+    # A service named in the parameters is not in the defaults; it may say host and port.
+    if not effective["host"] or effective["hostaddr"] or params.get("service"):
         return None
-    hosts = host.split(",")
-    ports = _setting(params, "port").split(",")
+    hosts = effective["host"].split(",")
+    ports = effective["port"].split(",")
     if len(ports) == 1:
         ports *= len(hosts)
     if len(ports) != len(hosts):  # wrong, and libpq says so better
@@ -170,10 +171,8 @@ def _resolved(
     return [{**params, "host": host, "hostaddr": each, "port": port} for each in addresses]
 
 
-def _twice_if_standby_preferred(params: Params, attempts: list[Params]) -> list[Params]:
-    # libpq goes through its list of hosts twice for this; here each list has one entry.
-    if _setting(params, "target_session_attrs") != "prefer-standby":
-        return attempts
+def _twice(attempts: list[Params]) -> list[Params]:
+    # libpq goes through its list of hosts twice for prefer-standby; here each list has one entry.
     return [
         {**attempt, "target_session_attrs": wanted}
         for wanted in ("standby", "any")
@@ -208,10 +207,9 @@ def connect(params: Params, deadline: float) -> PGconn:
 def _share(params: Params, deadline: float, attempts_left: int) -> float:
     now = monotonic()
     share = inf if deadline == inf else now + max(0.0, deadline - now) / attempts_left
-    timeout = _setting(params, "connect_timeout")
-    # libpq: 0, negative or not a number is "no limit"
-    limit = float(timeout) if timeout.lstrip("+-").isdigit() else 0.0
-    return min(share, now + limit) if limit > 0 else share
+    timeout = str(params.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT", ""))
+    # libpq: 0, negative or not a number is "no limit".
+    return min(share, now + float(timeout)) if timeout.strip("0").isdigit() else share
 
 
 def _try(attempt: Params, until: float, failures: list[psycopg.OperationalError]) -> PGconn | None:
@@ -238,7 +236,11 @@ def _connected(attempt: Params, until: float, tape: Tape | None) -> PGconn:
     try:
         if tape is not None:
             tape.attach(handle)
-        _step_until_connected(handle, until)
+        if not _steps_in_time(handle, until):
+            raise _late(attempt)
+        if handle.status != pq.ConnStatus.OK:
+            raise psycopg.OperationalError(handle.get_error_message())
+        handle.nonblocking = 1
     except BaseException:
         if tape is not None:
             handle.untrace()  # flushes; a freed handle would leave it to the exit of the process
@@ -247,17 +249,21 @@ def _connected(attempt: Params, until: float, tape: Tape | None) -> PGconn:
     return handle
 
 
-def _step_until_connected(handle: PGconn, until: float) -> None:
+def _steps_in_time(handle: PGconn, until: float) -> bool:
+    """Take libpq through the connection's start, to either end. False: not in time."""
     # "behave as if the last poll said: waiting to write" (libpq docs)
     wanted = WRITE if handle.status != pq.ConnStatus.BAD else 0
     while wanted:
         # The descriptor can change between steps (TLS refused, next address): ask each time.
         if not wait(handle.socket, wanted, until):
-            raise psycopg.errors.ConnectionTimeout("the server did not answer in time")
+            return False
         wanted = _next_step(handle.connect_poll())
-    if handle.status != pq.ConnStatus.OK:
-        raise psycopg.OperationalError(handle.get_error_message())
-    handle.nonblocking = 1
+    return True
+
+
+def _late(attempt: Params) -> psycopg.OperationalError:
+    where = attempt.get("hostaddr") or attempt.get("host") or "the server"
+    return psycopg.errors.ConnectionTimeout(f"no connection to {where} in time")
 
 
 def _next_step(status: int) -> int:

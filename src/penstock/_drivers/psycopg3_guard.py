@@ -13,7 +13,6 @@ test_third_party_assumptions.py.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 from weakref import ref
 
@@ -115,13 +114,22 @@ def _note(conn: AnyConnection, name: str, value: object) -> None:
         touched.discard(name)
 
 
-@cache
+# Two threads may both make a class for the same base: one is then used for a few connections only.
+_watched_classes: dict[type[Any], type[Any]] = {}
+
+
 def watched(base: type[C]) -> type[C]:
     """The class to build connections of: `base`, and it notes changes of settings.
 
     It looks like `base` (name, module, isinstance) and costs a query nothing: psycopg sets none of
     the watched attributes for a statement, and reading them takes the same way as before.
     """
+    if base not in _watched_classes:
+        _watched_classes[base] = _watching(base)
+    return cast("type[C]", _watched_classes[base])
+
+
+def _watching(base: type[C]) -> type[C]:
 
     class Watched(base):  # type: ignore[valid-type, misc]
         __doc__ = base.__doc__
@@ -130,6 +138,15 @@ def watched(base: type[C]) -> type[C]:
             if name in _WATCHED:
                 _note(self, name, value)
             super().__setattr__(name, value)
+
+        @property
+        def adapters(self) -> AdaptersMap:
+            # Made at first use, as in psycopg: what the application registers globally before
+            # that is in it.
+            attributes = vars(self)
+            if attributes["_adapters"] is None:
+                attributes["_adapters"] = WatchedAdapters(psycopg.adapters, self)
+            return cast("AdaptersMap", attributes["_adapters"])
 
         def add_notice_handler(self, callback: Any) -> None:
             _note(self, "notice handlers", callback)
@@ -220,12 +237,16 @@ class WatchedAdapters(AdaptersMap):
             self.before = AdaptersMap(self)
 
 
-def equip(conn: AnyConnection, adapters: AdaptersMap) -> set[str]:
-    """Begin to watch a connection built of a `watched` class; returns what notes the changes."""
+def equip(conn: AnyConnection, adapters: AdaptersMap | None) -> set[str]:
+    """Begin to watch a connection built of a `watched` class; returns what notes the changes.
+
+    `adapters` are those that the user's ``context`` gave, None for psycopg's global ones.
+    """
     attributes = vars(conn)
     touched: set[str] = set()
     attributes["_pool"] = IN_POOL
-    attributes["_adapters"] = WatchedAdapters(adapters, conn)
+    if adapters is not None:
+        attributes["_adapters"] = WatchedAdapters(adapters, conn)
     attributes[_NOTE] = touched
     return touched
 
@@ -242,7 +263,8 @@ class Settings:
         self._prepared_max = attributes["_prepared"].prepared_max
         self._notice = tuple(attributes["_notice_handlers"])
         self._notify = tuple(attributes["_notify_handlers"])
-        attributes["_adapters"].before = None
+        if attributes["_adapters"] is not None:
+            attributes["_adapters"].before = None
         attributes[_NOTE].clear()
 
     def restore(self, conn: AnyConnection) -> None:
@@ -255,7 +277,7 @@ class Settings:
         attributes["_prepared"].prepared_max = self._prepared_max
         attributes["_notice_handlers"][:] = self._notice
         attributes["_notify_handlers"][:] = self._notify
-        if (before := attributes["_adapters"].before) is not None:
+        if (before := getattr(attributes["_adapters"], "before", None)) is not None:
             attributes["_adapters"] = WatchedAdapters(before, conn)
         attributes[_NOTE].clear()
 
