@@ -1,0 +1,888 @@
+"""The pool as a pure state machine. Read `slot.py` first; then this file explains the pool.
+
+One job: decide. Who gets which slot, when one more is opened, when one is closed, who must wait and
+who is refused. It never acts: what has to be done comes back as a list of orders (`orders.py`).
+
+It must not know: threads, sockets, drivers, clocks, randomness. `now` is a parameter, chance is a
+callable, a link is opaque. It raises only for bugs in penstock; "closed", "full" and "unreachable"
+are values (`Refusal`) that a runtime turns into exceptions.
+
+Theory of operation
+===================
+
+Places. An idle slot is in `idle` (fit when it was put there) or in `aside` (somebody looked at it
+and found that it wants a ping, or an end). A slot in use is in a lease, or on its way there in
+`Waiter.slot`. A slot that is being opened or closed is in an order. Nowhere else; `refs`, the table
+of all slots, holds weak references, so a slot that falls out of every place is freed by Python and
+comes back through `bring_home`.
+
+Two moves are hot and take no lock: `take` and `put`. Everything else is called under the runtime's
+lock. They are right without a lock because of four facts:
+
+1. `deque.pop` and `deque.append` are atomic. What `take` popped is ours alone; what `put` appends
+   was ours until the append, *and not one line longer*: the next line may run when somebody else
+   has lent the slot again. That is why `put` has three answers. With two, the caller had to look at
+   `slot.state` after the append to tell them apart, and lent a slot twice (found by the interleaver
+   at seed 105; 540,000 stressed borrows on three interpreters had not found it).
+2. A waiter publishes itself in `waiters`, *then* looks at `idle`, then sleeps. `put` appends to
+   `idle`, *then* looks at `waiters`. Whichever of the two comes second sees the other.
+3. One comparison of epochs says that nothing changed since the slot was last known good. Drain, fork,
+   close and suspicion raise the machine's epoch; condemning a slot takes its own away.
+4. Where the interpreter has no global lock, facts 1 and 2 are not promised; the runtime then calls
+   `take` and `put` under its lock, too.
+
+Order. A slot that comes back while somebody waits goes to the first waiter directly, never through
+`idle`, so newcomers cannot overtake; but for the window between the two looks of fact 2, in which
+one newcomer can. Closing it would need a lock on every borrow.
+
+Interrupts. A KeyboardInterrupt can strike after any call of a C function, also under the lock. So
+
+* slow moves are ordered such that every prefix of their statements is a legal state, or one that
+  `tick` repairs;
+* the queue holds waiters weakly and the waiter holds the slot that was given to it: a waiter who is
+  killed anywhere vanishes from the queue by himself, and his slot comes home;
+* giving is: store the slot, wake, leave the queue. Each step can be repeated; `_flush` does;
+* `bring_home` has one commit point, the store into `refs`;
+* no loop stands directly inside a `with` or a `try`: 3.12 and 3.13 leave gaps in the exception table
+  there. A loop is a function of its own, one step of it another (tests/machine/test_bytecode.py).
+
+Outages. While the server cannot be reached there is an `Outage`. Then one probing connect runs per
+pool, not one per waiter, spaced by `policy.retry_delay`. A failure that cannot heal (wrong password)
+refuses everybody who waits, at once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict, deque
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final
+
+from .orders import Close, Open, Order, Overdue, ReportOutage, TickAt
+from .policy import UNHEALABLE_DELAY, Limits, retire_at, retry_delay
+from .slot import UNSURE_EPOCH, Move, Reason, Slot, SlotRef, SlotState, refer_to
+from .tally import Stats, Tally, wait_quantile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+# What `put` answers. DONE is false, so that the hot path needs no name to compare with.
+DONE: Final = 0
+LOOK_AGAIN: Final = 1
+SLOWLY: Final = 2
+
+IN_USE: Final = SlotState.IN_USE
+IDLE: Final = SlotState.IDLE
+
+#: Connections that end for these reasons are not worth a farewell, or may be in somebody's hands.
+_DISCARDED: Final = frozenset(
+    {Reason.HUNG_UP, Reason.BROKEN, Reason.UNCLEAN, Reason.UNANSWERED, Reason.ORPHANED}
+)
+
+
+class Phase(Enum):
+    """Where the pool is in its life."""
+
+    NEW = "new"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Refusal(Enum):
+    """Why a borrower is sent away."""
+
+    CLOSED = "closed"
+    TOO_MANY = "too many waiting"
+    UNREACHABLE = "the server cannot be reached, and trying again cannot help"
+    DEADLOCK = "would wait for itself"
+
+
+class Verdict(Enum):
+    """In what condition a slot is given back."""
+
+    CLEAN = "clean"
+    BROKEN = "broken"  # the session has ended, or the borrower ended it
+    UNCLEAN = "unclean"  # it lives, but could not be brought back to a clean state
+
+
+class Waiter:
+    """A borrower in the queue. Whoever waits holds it; the queue refers to it weakly.
+
+    Attributes:
+        owner: who waits, to be compared with `Slot.holder`; 0 when unknown.
+        wake: lets the borrower run; a C function that may be called more than once.
+        slot: what was given to it. Its state tells whether a ping is due before it is used.
+        refusal: why it gets nothing.
+        ticket: its key in the queue, 0 before it queued.
+        queued_at: since when it waits.
+    """
+
+    __slots__ = ("__weakref__", "owner", "queued_at", "refusal", "slot", "ticket", "wake")
+
+    def __init__(self, owner: int, wake: Callable[[], object]) -> None:
+        self.owner = owner
+        self.wake = wake
+        self.slot: Slot | None = None
+        self.refusal: Refusal | None = None
+        self.ticket = 0
+        self.queued_at = 0.0
+
+
+class Outage:
+    """A time in which no connection could be opened.
+
+    Attributes:
+        since: when the first attempt failed.
+        failures: how many failed so far.
+        error: what the runtime was told last; opaque here.
+        sqlstate: the server's code for it, if it gave one.
+        heals: whether trying again can help.
+        next_for_waiters: when to try again if somebody waits.
+        next_for_nobody: when to try again if nobody does.
+        reported: it has lasted longer than the user wants to bear, and that was said.
+    """
+
+    __slots__ = (
+        "error",
+        "failures",
+        "heals",
+        "next_for_nobody",
+        "next_for_waiters",
+        "reported",
+        "since",
+        "sqlstate",
+    )
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.failures = 0
+        self.error: Any = None
+        self.sqlstate: str | None = None
+        self.heals = True
+        self.next_for_waiters = since
+        self.next_for_nobody = since
+        self.reported = False
+
+
+class Machine:
+    """All state of one pool. `take` and `put` need no lock, every other method the runtime's.
+
+    Args:
+        limits: sizes and times.
+        orphans: a C function that is handed the `SlotRef` of a slot that nobody holds any more.
+        random: gives numbers from 0 to 1, for jitter.
+        home: what every `SlotRef` carries, so that the keeper finds the pool.
+        reconnect_timeout: seconds of outage after which `ReportOutage` is ordered once.
+    """
+
+    __slots__ = (
+        "_pop",
+        "armed",
+        "aside",
+        "epoch",
+        "generation",
+        "home",
+        "idle",
+        "limits",
+        "opening",
+        "orphans",
+        "outage",
+        "phase",
+        "ping_after",
+        "random",
+        "reconnect_timeout",
+        "refs",
+        "serials",
+        "tally",
+        "waiters",
+    )
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        orphans: Callable[[SlotRef], object],
+        random: Callable[[], float],
+        home: object = None,
+        reconnect_timeout: float = float("inf"),
+    ) -> None:
+        self.limits = limits
+        self.orphans = orphans
+        self.random = random
+        self.home = home
+        self.reconnect_timeout = reconnect_timeout
+        self.ping_after = limits.ping_after  # read on the hot path: one attribute instead of two
+        self.phase = Phase.NEW
+        self.generation = 0
+        self.epoch = 0
+        self.serials = 0
+        self._empty()
+
+    def _empty(self) -> None:
+        """Every place new and empty: at the start, and in a forked child."""
+        self.idle: deque[Slot] = deque()
+        self._pop = self.idle.popleft if self.limits.fifo else self.idle.pop
+        self.aside: deque[Slot] = deque()
+        self.refs: dict[int, SlotRef] = {}
+        self.opening: dict[int, SlotRef] = {}
+        self.waiters: OrderedDict[int, weakref.ref[Waiter]] = OrderedDict()
+        self.outage: Outage | None = None
+        self.armed = float("inf")
+        self.tally = Tally()
+
+    # -- the two hot moves: no lock ---------------------------------------------------------------
+
+    def take(self, now: float, holder: int) -> Slot | None:
+        """An idle slot that may be used as it is, or None: then queue up, under the lock."""
+        try:
+            slot = self._pop()
+        except IndexError:
+            return None
+        if (
+            slot.epoch == self.epoch
+            and now < slot.retire_at
+            and now - slot.borrowed_at < self.ping_after
+        ):
+            # The holder first: a slot in use under its last holder's name looks like a deadlock.
+            slot.holder = holder
+            slot.borrowed_at = now
+            slot.state = IN_USE  # the table's (idle, take)
+            return slot
+        self.aside.append(slot)
+        return None
+
+    def put(self, slot: Slot) -> int:
+        """Give back a clean slot: DONE, LOOK_AGAIN (call `look_again`), or SLOWLY (`returned`).
+
+        After the append the slot is not ours: the caller must not look at it again.
+        """
+        if self.waiters or slot.epoch != self.epoch:
+            return SLOWLY
+        slot.ref.borrows += 1  # type: ignore[union-attr]  # the epoch says that it is ours
+        slot.state = IDLE  # the table's (in use, put)
+        self.idle.append(slot)
+        if self.waiters:
+            return LOOK_AGAIN
+        return DONE
+
+    # -- borrowers --------------------------------------------------------------------------------
+
+    def queue_up(self, waiter: Waiter, now: float) -> list[Order]:
+        """Wait for a slot. On return the waiter has a slot, or a refusal, or is in the queue."""
+        waiter.refusal = self._refusal(waiter.owner, now)
+        if waiter.refusal is not None:
+            self.tally.refused += 1
+            return []
+        self.serials += 1
+        waiter.ticket = self.serials
+        waiter.queued_at = now
+        self.waiters[waiter.ticket] = weakref.ref(waiter)  # be seen, then look
+        return self.look_again(now)
+
+    def look_again(self, now: float) -> list[Order]:
+        """Bring waiters and idle slots together, and grow if that was not enough. Repeatable."""
+        orders: list[Order] = []
+        self._hand_over_all(now, orders)
+        self._grow(now, orders)
+        return orders
+
+    def give_up(self, waiter: Waiter, now: float, *, timed_out: bool) -> list[Order]:
+        """Leave the queue: the timeout passed, or the borrower was interrupted. Repeatable.
+
+        A slot that was just given and not touched goes to whoever is next.
+        """
+        self.waiters.pop(waiter.ticket, None)
+        orders: list[Order] = []
+        slot = waiter.slot
+        if slot is not None:
+            waiter.slot = None
+            self._settle(slot, now, orders)
+        elif timed_out:
+            self.tally.timeouts += 1
+        return orders + self.look_again(now)
+
+    def pinged(self, slot: Slot, now: float) -> list[Order]:
+        """The borrower's ping was answered: the slot is as good as a fresh one."""
+        if self._has(slot) and slot.generation == self.generation:
+            slot.vouch(self.epoch)
+        slot.move(Move.PINGED)
+        slot.borrowed_at = now
+        orders: list[Order] = []
+        self._arm(now, orders)
+        return orders
+
+    def ping_failed(self, slot: Slot, waiter: Waiter, now: float) -> list[Order]:
+        """The borrower's ping was not answered; he goes back to his place in the queue."""
+        orders: list[Order] = []
+        if self._has(slot):
+            self._end(slot, Reason.UNANSWERED, orders)
+        self._doubt()
+        waiter.slot = None
+        waiter.refusal = Refusal.CLOSED if self.phase is not Phase.OPEN else None
+        if waiter.refusal is None:
+            self.waiters[waiter.ticket] = weakref.ref(waiter)
+            self.waiters.move_to_end(waiter.ticket, last=False)
+        return orders + self.look_again(now)
+
+    def returned(
+        self, slot: Slot, now: float, verdict: Verdict, *, suspect: bool = False
+    ) -> list[Order]:
+        """A slot comes back the slow way.
+
+        `suspect`: its session ended in a way that casts doubt on the others: they are pinged
+        before they are lent.
+        """
+        orders: list[Order] = []
+        if suspect:
+            self._doubt()
+        if not self._has(slot):
+            return orders  # of before a fork, or brought home already: not ours any more
+        if verdict is not Verdict.CLEAN:
+            bad = Reason.BROKEN if verdict is Verdict.BROKEN else Reason.UNCLEAN
+            self._end(slot, bad, orders)
+        else:
+            slot.ref.borrows += 1  # type: ignore[union-attr]  # _has() says that it has one
+            self._settle(slot, now, orders)
+        return orders + self.look_again(now)
+
+    # -- the runtime's answers to orders ----------------------------------------------------------
+
+    def opened(self, slot: Slot, link: Any, now: float) -> list[Order]:
+        """The answer to `Open`: here is the link."""
+        orders: list[Order] = []
+        ref = slot.ref
+        if ref is None or not self._has(slot):
+            slot.link = link
+            slot.state = SlotState.CLOSING  # forked or forgotten meanwhile: only its link counts
+            return [Close(slot, Reason.DRAINED, discard=True)]
+        self.opening.pop(ref.serial, None)
+        ref.link = link
+        slot.link = link
+        self.tally.opened += 1
+        self.tally.opening_seconds += now - slot.opened_at
+        slot.opened_at = slot.borrowed_at = now
+        slot.retire_at = retire_at(now, self.limits.max_lifetime, self.random())
+        slot.move(Move.OPENED)
+        if slot.generation == self.generation:
+            self.outage = None
+            slot.vouch(self.epoch)
+        self._settle(slot, now, orders)
+        orders += self.look_again(now)
+        self._arm(now, orders)
+        return orders
+
+    def open_failed(
+        self, slot: Slot, error: Any, now: float, *, heals: bool, sqlstate: str | None
+    ) -> list[Order]:
+        """The answer to `Open`: it did not work."""
+        current = self._has(slot) and slot.generation == self.generation
+        self._forget(slot)
+        slot.move(Move.OPEN_FAILED)
+        if not current or self.phase is not Phase.OPEN:
+            return self.look_again(now)  # it says nothing of the server as it is now
+        self.tally.open_failures += 1
+        orders = self._note_failure(error, now, heals=heals, sqlstate=sqlstate)
+        return orders + self.look_again(now)
+
+    def closed(self, slot: Slot, reason: Reason, now: float) -> list[Order]:
+        """The answer to `Close`: the connection has ended, its right is free."""
+        ref = slot.ref
+        if ref is not None and self._has(slot):
+            self.tally.connection_closed(reason.value, ref.borrows)
+        self._forget(slot)
+        slot.move(Move.CLOSED)
+        return self.look_again(now)
+
+    def bring_home(self, ref: SlotRef, now: float) -> list[Order]:
+        """A slot that nobody holds: free its right under a new slot. Repeatable.
+
+        Its connection is discarded and replaced, never lent again: somebody may still hold it.
+        """
+        if self.refs.get(ref.serial) is not ref:
+            return []  # brought home before, or of before a fork
+        self.opening.pop(ref.serial, None)
+        if ref.link is None:  # it was being opened: there is nothing to close
+            self.refs.pop(ref.serial, None)
+            return self.look_again(now)
+        slot = Slot(generation=self.generation, epoch=self.epoch, now=now)
+        slot.state = SlotState.CLOSING
+        slot.link = ref.link
+        successor = refer_to(slot, ref.serial, self.orphans, self.home)
+        successor.borrows = ref.borrows
+        self.refs[ref.serial] = successor  # the commit point: from here on `ref` is not current
+        self.tally.orphaned += 1
+        return [Close(slot, Reason.ORPHANED, discard=True)]
+
+    def hung_up(self, slot: Slot, now: float) -> list[Order]:
+        """The watcher was told of this session's end and has condemned the slot: end it if idle."""
+        orders: list[Order] = []
+        self._end_idle(slot, Reason.HUNG_UP, orders)
+        return orders + self.look_again(now)
+
+    # -- the whole pool ---------------------------------------------------------------------------
+
+    def open(self, now: float) -> list[Order]:
+        """Start, or start again after `close`."""
+        if self.phase is not Phase.OPEN:
+            self.outage = None
+            self.phase = Phase.OPEN
+        return self.tick(now)
+
+    def close(self, now: float) -> list[Order]:
+        """Refuse everybody from now on; idle connections end now, those in use when given back."""
+        self.phase = Phase.CLOSED
+        orders = self.drain(now)
+        self._refuse_all(Refusal.CLOSED, now)
+        return orders
+
+    def drain(self, now: float) -> list[Order]:
+        """Replace every connection: idle ones now, those in use when they are given back."""
+        self.generation += 1
+        self.epoch += 1
+        orders: list[Order] = []
+        closed = self.phase is Phase.CLOSED
+        self._end_idles(Reason.POOL_CLOSED if closed else Reason.DRAINED, orders)
+        return orders + self.look_again(now)
+
+    def resize(self, min_size: int, max_size: int, now: float) -> list[Order]:
+        """Change the limits. What is too much ends: idle connections now, others at their return."""
+        self.limits = _with_sizes(self.limits, min_size, max_size)
+        orders: list[Order] = []
+        self._end_surplus(orders)
+        return orders + self.look_again(now)
+
+    def forked(self) -> list[tuple[Any, bool]]:
+        """In a forked child: forget everything; the inherited links, and whether each was in use."""
+        inherited = [(ref.link, _busy(ref)) for ref in self.refs.values() if ref.link is not None]
+        self.generation += 1
+        self.epoch += 1
+        self._empty()
+        return inherited
+
+    def tick(self, now: float) -> list[Order]:
+        """What time brings: retire, shrink, probe, warn. Orders the next tick only if one is due.
+
+        Also the backstop for interrupts: repeats what an interrupted move left half done.
+        """
+        orders: list[Order] = []
+        self.armed = float("inf")
+        self._audit()
+        self._end_old(now, orders)
+        self._warn_overdue(now, orders)
+        self._report_outage(now, orders)
+        orders += self.look_again(now)
+        self._arm(now, orders)
+        return orders
+
+    # -- what can be read -------------------------------------------------------------------------
+
+    def slots(self) -> list[Slot]:
+        """All slots that somebody holds. For reports: hold them no longer than needed."""
+        return [slot for ref in list(self.refs.values()) if (slot := ref()) is not None]
+
+    def count(self) -> dict[SlotState, int]:
+        """How many slots are in which state; their sum is the pool's size."""
+        counts = dict.fromkeys(SlotState, 0)
+        for ref in list(self.refs.values()):
+            slot = ref()
+            # Freed, and on its way home: its connection still counts, as one that is closing.
+            counts[SlotState.CLOSING if slot is None else slot.state] += 1
+        return counts
+
+    def waiting(self) -> list[Waiter]:
+        """Everybody who waits, in order; without those who died and were not noticed yet."""
+        found = [reference() for reference in list(self.waiters.values())]
+        return [waiter for waiter in found if waiter is not None and waiter.slot is None]
+
+    def borrows(self) -> int:
+        """How many borrows ended with the connection given back."""
+        return self.tally.borrows_of_gone + sum(ref.borrows for ref in list(self.refs.values()))
+
+    def stats(self, name: str, now: float) -> Stats:
+        """A snapshot."""
+        counts, waiting, tally = self.count(), self.waiting(), self.tally
+        borrows = self.borrows()
+        return Stats(
+            name=name,
+            state=self.phase.value,
+            min_size=self.limits.min_size,
+            max_size=self.limits.max_size,
+            opening=counts[SlotState.OPENING],
+            idle=counts[SlotState.IDLE],
+            in_use=counts[SlotState.IN_USE],
+            pinging=counts[SlotState.PINGING],
+            closing=counts[SlotState.CLOSING],
+            size=sum(counts.values()),
+            waiting=len(waiting),
+            longest_waiting=now - waiting[0].queued_at if waiting else 0.0,
+            borrows=borrows,
+            queued=tally.queued,
+            waited=tally.waited_seconds,
+            longest_wait=tally.longest_wait,
+            wait_p50=wait_quantile(0.50, borrows, tally.waits),
+            wait_p99=wait_quantile(0.99, borrows, tally.waits),
+            timeouts=tally.timeouts,
+            refused=tally.refused,
+            opened=tally.opened,
+            opening_time=tally.opening_seconds,
+            open_failures=tally.open_failures,
+            orphaned=tally.orphaned,
+            closed=dict(tally.closed),
+            generation=self.generation,
+        )
+
+    # -- giving -----------------------------------------------------------------------------------
+
+    def _hand_over_all(self, now: float, orders: list[Order]) -> None:
+        while self._hand_over_one(now, orders):
+            pass
+
+    def _hand_over_one(self, now: float, orders: list[Order]) -> bool:
+        waiter = self._first_waiter(now)
+        if waiter is None:
+            return False
+        slot = self._pick(now, orders)
+        if slot is None:
+            return False
+        self._give(slot, waiter, now)
+        return True
+
+    def _first_waiter(self, now: float) -> Waiter | None:
+        """Who is first in line and has nothing yet; on the way, complete interrupted gifts."""
+        while self.waiters:
+            ticket = next(iter(self.waiters))
+            waiter = self.waiters[ticket]()
+            if waiter is None:  # killed: it left by dying
+                self.waiters.pop(ticket, None)
+            elif waiter.slot is not None or waiter.refusal is not None:
+                self._let_go(waiter, now)
+            else:
+                return waiter
+        return None
+
+    def _give(self, slot: Slot, waiter: Waiter, now: float) -> None:
+        slot.holder = waiter.owner
+        waiter.slot = slot  # from here on it is the waiter's
+        self._let_go(waiter, now)
+
+    def _let_go(self, waiter: Waiter, now: float) -> None:
+        """Wake a waiter who has his slot or his refusal, then take him out of the queue."""
+        waiter.wake()
+        if self.waiters.pop(waiter.ticket, None) is not None and waiter.refusal is None:
+            self.tally.queued += 1
+            self.tally.wait_ended(now - waiter.queued_at)
+
+    def _pick(self, now: float, orders: list[Order]) -> Slot | None:
+        """A slot for a waiter: a fit one, else one that he has to ping (its state says so)."""
+        while self.idle:
+            slot = self.take(now, 0)
+            if slot is not None:
+                return slot
+        while self.aside:
+            slot = self._second_look(self.aside.pop(), now, orders)
+            if slot is not None:
+                return slot
+        return None
+
+    def _second_look(self, slot: Slot, now: float, orders: list[Order]) -> Slot | None:
+        """What to do with a slot that was not fit to be lent at once: ping it, or end it."""
+        reason = self._unfit(slot, now)
+        if reason is None:
+            slot.move(Move.DOUBT)
+            return slot
+        self._end(slot, reason, orders)
+        return None
+
+    def _unfit(self, slot: Slot, now: float) -> Reason | None:
+        """Why this slot must not be lent any more, ever."""
+        if self.phase is Phase.CLOSED:
+            return Reason.POOL_CLOSED
+        if slot.condemned is not None:
+            return slot.condemned
+        if slot.generation != self.generation:
+            return Reason.DRAINED
+        if now >= slot.retire_at:
+            return Reason.RETIRED
+        if self._surplus() > 0:
+            return Reason.SURPLUS
+        return None
+
+    def _surplus(self) -> int:
+        """How many connections more than max_size would remain; only resize() makes it positive."""
+        if len(self.refs) <= self.limits.max_size:
+            return 0
+        counts = self.count()
+        return sum(counts.values()) - counts[SlotState.CLOSING] - self.limits.max_size
+
+    def _settle(self, slot: Slot, now: float, orders: list[Order]) -> None:
+        """Bring a slot that we own to where it belongs: the first waiter, its place, or its end."""
+        reason = self._unfit(slot, now)
+        if reason is not None:
+            self._end(slot, reason, orders)
+            return
+        waiter = self._first_waiter(now)
+        if slot.state is SlotState.PINGING:
+            if waiter is None:
+                slot.move(Move.SPARE)
+                self.aside.append(slot)
+            else:
+                self._give(slot, waiter, now)
+            return
+        # A clean return is proof of life: the slot is as good as the machine's epoch.
+        slot.vouch(self.epoch)
+        if waiter is not None:
+            slot.move(Move.HAND_OVER if slot.state is IN_USE else Move.TAKE)
+            slot.borrowed_at = now
+            self._give(slot, waiter, now)
+            return
+        if slot.state is IN_USE:
+            slot.move(Move.PUT)
+        if slot.reset_pending:
+            slot.epoch = UNSURE_EPOCH  # the next borrower reads the answer first
+        self.idle.append(slot)
+
+    # -- growing and failing ----------------------------------------------------------------------
+
+    def _grow(self, now: float, orders: list[Order]) -> None:
+        while self._should_open(now, orders):
+            self.serials += 1
+            slot = Slot(generation=self.generation, epoch=self.epoch, now=now)
+            ref = refer_to(slot, self.serials, self.orphans, self.home)
+            self.refs[ref.serial] = ref
+            self.opening[ref.serial] = ref
+            orders.append(Open(slot))
+
+    def _should_open(self, now: float, orders: list[Order]) -> bool:
+        if self.phase is not Phase.OPEN or len(self.refs) >= self.limits.max_size:
+            return False
+        wanted = len(self.opening) < len(self.waiters) or len(self.refs) < self.limits.min_size
+        if not wanted:
+            return False
+        outage = self.outage
+        if outage is None:
+            return True
+        if self.opening:
+            return False  # one probe at a time
+        due = outage.next_for_waiters if self.waiters else outage.next_for_nobody
+        if now >= due:
+            return True
+        orders.append(TickAt(due))
+        return False
+
+    def _note_failure(
+        self, error: Any, now: float, *, heals: bool, sqlstate: str | None
+    ) -> list[Order]:
+        outage = self.outage
+        if outage is None:
+            outage = self.outage = Outage(now)
+        outage.failures += 1
+        outage.error, outage.sqlstate, outage.heals = error, sqlstate, heals
+        down_for = now - outage.since
+        chance = self.random()
+
+        def delay(*, waited_for: bool) -> float:
+            return retry_delay(
+                outage.failures, down_for, waited_for=waited_for, sqlstate=sqlstate, random=chance
+            )
+
+        outage.next_for_nobody = now + delay(waited_for=False)
+        outage.next_for_waiters = now + delay(waited_for=True)
+        if not heals:
+            outage.next_for_waiters = outage.next_for_nobody = now + UNHEALABLE_DELAY
+            if not self._alive():
+                self._refuse_all(Refusal.UNREACHABLE, now)
+        orders: list[Order] = []
+        self._report_outage(now, orders)
+        return orders
+
+    def _report_outage(self, now: float, orders: list[Order]) -> None:
+        outage = self.outage
+        if outage is None or outage.reported or now - outage.since < self.reconnect_timeout:
+            return
+        outage.reported = True
+        orders.append(ReportOutage(now - outage.since))
+
+    def _refusal(self, owner: int, now: float) -> Refusal | None:
+        if self.phase is not Phase.OPEN:
+            return Refusal.CLOSED
+        outage = self.outage
+        hopeless = outage is not None and not outage.heals and now < outage.next_for_waiters
+        if hopeless and not self._alive():
+            return Refusal.UNREACHABLE
+        if 0 < self.limits.max_waiting <= len(self.waiters) and (
+            len(self.waiting()) >= self.limits.max_waiting
+        ):
+            return Refusal.TOO_MANY
+        if self._would_wait_for_itself(owner):
+            return Refusal.DEADLOCK
+        return None
+
+    def _would_wait_for_itself(self, owner: int) -> bool:
+        """Whether every connection is lent to somebody who waits for one, `owner` among them."""
+        if not owner or len(self.refs) < self.limits.max_size or self.idle or self.aside:
+            return False
+        slots = self.slots()
+        if not any(slot.holder == owner and slot.state is IN_USE for slot in slots):
+            return False
+        waiting = {waiter.owner for waiter in self.waiting()} | {owner}
+        return len(slots) == len(self.refs) and all(
+            slot.state is IN_USE and not slot.loose and slot.holder in waiting for slot in slots
+        )
+
+    def _alive(self) -> bool:
+        """Whether there is a connection that somebody could still give back, or ping."""
+        counts = self.count()
+        return any(counts[state] for state in (IDLE, IN_USE, SlotState.PINGING))
+
+    def _refuse_all(self, refusal: Refusal, now: float) -> None:
+        while (waiter := self._first_waiter(now)) is not None:
+            waiter.refusal = refusal
+            self.tally.refused += 1
+
+    # -- ending -----------------------------------------------------------------------------------
+
+    def _doubt(self) -> None:
+        """Have every slot pinged before it is lent again."""
+        self.epoch += 1
+
+    def _end(self, slot: Slot, reason: Reason, orders: list[Order]) -> None:
+        """End the connection of a slot that we own."""
+        slot.move(Move.END)
+        orders.append(Close(slot, reason, discard=reason in _DISCARDED))
+
+    def _end_idle(self, slot: Slot, reason: Reason, orders: list[Order]) -> bool:
+        """End the connection of a slot if it is idle: whoever takes it out of its place owns it."""
+        for place in (self.idle, self.aside):
+            try:
+                place.remove(slot)  # atomic, like pop; linear in max_size
+            except ValueError:
+                continue
+            self._end(slot, reason, orders)
+            return True
+        return False
+
+    def _end_idles(self, reason: Reason, orders: list[Order]) -> None:
+        for slot in self._cold_first():
+            self._end_idle(slot, slot.condemned or reason, orders)
+
+    def _cold_first(self) -> list[Slot]:
+        """All slots that look idle now; only who takes one out of its place owns it."""
+        return _snapshot(self.aside) + _snapshot(self.idle)
+
+    def _end_old(self, now: float, orders: list[Order]) -> None:
+        """Retire and shrink, from the cold end."""
+        for slot in self._cold_first():
+            reason = self._unfit(slot, now)
+            if reason is None and self._may_shrink(slot, now, orders):
+                reason = Reason.SHRUNK
+            if reason is not None:
+                self._end_idle(slot, reason, orders)
+
+    def _may_shrink(self, slot: Slot, now: float, orders: list[Order]) -> bool:
+        leaving = sum(isinstance(order, Close) for order in orders)
+        remaining = len(self.refs) - leaving
+        return remaining > self.limits.min_size and now - slot.borrowed_at >= self.limits.max_idle
+
+    def _end_surplus(self, orders: list[Order]) -> None:
+        """After resize(): end idle ones at once, condemn as many in use as are still too many."""
+        surplus = self._surplus()
+        for slot in self._cold_first():
+            if surplus > 0 and self._end_idle(slot, Reason.SURPLUS, orders):
+                surplus -= 1
+        for slot in self.slots():
+            if surplus > 0 and slot.state in {IN_USE, SlotState.PINGING}:
+                slot.condemn(Reason.SURPLUS)
+                surplus -= 1
+
+    def _forget(self, slot: Slot) -> None:
+        """Let go of a slot that has no connection any more; repeatable."""
+        ref = slot.ref
+        if ref is None:
+            return
+        if self.refs.get(ref.serial) is ref:
+            self.opening.pop(ref.serial, None)
+            self.refs.pop(ref.serial, None)
+        slot.ref = None  # with its last reference, so that its death calls nobody
+
+    def _has(self, slot: Slot) -> bool:
+        """Whether this slot is one of ours: not of before a fork, not brought home under another."""
+        return slot.ref is not None and self.refs.get(slot.ref.serial) is slot.ref
+
+    # -- time -------------------------------------------------------------------------------------
+
+    def _audit(self) -> None:
+        """Repair what an interrupt between two statements can leave behind."""
+        for serial in list(self.opening):
+            if serial not in self.refs:
+                self.opening.pop(serial, None)
+
+    def _warn_overdue(self, now: float, orders: list[Order]) -> None:
+        for slot in self.slots():
+            held = now - slot.borrowed_at
+            if slot.state is not IN_USE or held < self.limits.overdue_after:
+                slot.told = False
+            elif not slot.told:
+                slot.told = True
+                orders.append(Overdue(slot, held))
+
+    def _arm(self, now: float, orders: list[Order]) -> None:
+        """Order the next tick, unless an earlier one is ordered: an idle pool wakes nobody."""
+        due = max(min(self._due_times(now), default=float("inf")), now)
+        if due < self.armed:
+            self.armed = due
+            orders.append(TickAt(due))
+
+    def _due_times(self, now: float) -> Iterator[float]:
+        limits = self.limits
+        shrinkable = len(self.refs) > limits.min_size
+        used_lately = False
+        for slot in self.slots():
+            used_lately = used_lately or now - slot.borrowed_at < self.ping_after
+            if slot.state is IDLE:
+                yield slot.retire_at
+                if shrinkable:
+                    yield slot.borrowed_at + limits.max_idle
+            elif slot.state is IN_USE and not slot.told:
+                used_lately = False
+                yield slot.borrowed_at + limits.overdue_after
+        if used_lately:
+            # Borrowing does not tell us. Once all were idle for ping_after, the next borrow comes
+            # the slow way and does.
+            yield now + limits.overdue_after
+        outage = self.outage
+        if outage is not None and self.phase is Phase.OPEN and not self.opening:
+            yield outage.next_for_waiters if self.waiters else outage.next_for_nobody
+
+
+def _snapshot(place: deque[Slot]) -> list[Slot]:
+    """What is in a place while `take` and `put` go on changing it without a lock."""
+    while True:
+        slots = _try_snapshot(place)
+        if slots is not None:
+            return slots
+
+
+def _try_snapshot(place: deque[Slot]) -> list[Slot] | None:
+    try:
+        return list(place)
+    except RuntimeError:  # changed while it was copied
+        return None
+
+
+def _busy(ref: SlotRef) -> bool:
+    """Whether somebody may have been using this link at the moment of the fork."""
+    slot = ref()
+    return slot is None or slot.state is not IDLE
+
+
+def _with_sizes(limits: Limits, min_size: int, max_size: int) -> Limits:
+    return Limits(
+        min_size=min_size,
+        max_size=max_size,
+        max_waiting=limits.max_waiting,
+        max_lifetime=limits.max_lifetime,
+        max_idle=limits.max_idle,
+        ping_after=limits.ping_after,
+        overdue_after=limits.overdue_after,
+        fifo=limits.fifo,
+    )

@@ -1,0 +1,145 @@
+"""Counting: what happened in a pool, as plain numbers, and the snapshot that users read.
+
+One job: hold the slow path's counters and turn them into `Stats`. The hot path's one counter is in
+each slot's reference, where its owner writes without a lock; it is summed when somebody asks.
+
+The machine writes the tally under the runtime's lock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+#: Upper edges of the histogram of waits, in seconds: powers of two from 0.12 ms to 64 s.
+WAIT_EDGES: Final = tuple(2.0**n for n in range(-13, 7))
+
+
+class Tally:
+    """Counters of one pool, of its slow path only."""
+
+    __slots__ = (
+        "borrows_of_gone",
+        "closed",
+        "longest_wait",
+        "open_failures",
+        "opened",
+        "opening_seconds",
+        "orphaned",
+        "queued",
+        "refused",
+        "timeouts",
+        "waited_seconds",
+        "waits",
+    )
+
+    def __init__(self) -> None:
+        self.borrows_of_gone = 0
+        self.queued = 0
+        self.timeouts = 0
+        self.refused = 0
+        self.waited_seconds = 0.0
+        self.longest_wait = 0.0
+        self.waits = [0] * (len(WAIT_EDGES) + 1)
+        self.opened = 0
+        self.opening_seconds = 0.0
+        self.open_failures = 0
+        self.orphaned = 0
+        self.closed: dict[str, int] = {}
+
+    def wait_ended(self, seconds: float) -> None:
+        """Somebody waited this long, and was served."""
+        self.waited_seconds += seconds
+        self.longest_wait = max(self.longest_wait, seconds)
+        self.waits[_bucket(seconds)] += 1
+
+    def connection_closed(self, reason: str, borrows: int) -> None:
+        """A slot is gone: keep what it counted."""
+        self.closed[reason] = self.closed.get(reason, 0) + 1
+        self.borrows_of_gone += borrows
+
+
+def _bucket(seconds: float) -> int:
+    for index, edge in enumerate(WAIT_EDGES):
+        if seconds <= edge:
+            return index
+    return len(WAIT_EDGES)
+
+
+def wait_quantile(share: float, borrows: int, waits: list[int]) -> float:
+    """The wait that `share` of all borrows did not exceed, from the histogram; 0.0: no wait.
+
+    Borrows that found an idle connection count as waits of 0. The result is the upper edge of
+    its bucket, so it is at most a factor of two too high.
+    """
+    waited = sum(waits)
+    rank = share * max(borrows, waited) - (max(borrows, waited) - waited)
+    if waited == 0 or rank <= 0:
+        return 0.0
+    seen = 0
+    for index, edge in enumerate(WAIT_EDGES):
+        seen += waits[index]
+        if seen >= rank:
+            return edge
+    return float("inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """One pool at one moment. Times in seconds, counts since the pool was made in this process.
+
+    Attributes:
+        name: the pool's name.
+        state: "new", "open" or "closed".
+        min_size: connections kept open at least.
+        max_size: connections open at most.
+        opening: slots whose connection is being opened.
+        idle: connections ready to be lent.
+        in_use: connections lent.
+        pinging: connections being asked whether they live.
+        closing: connections being closed.
+        size: the sum of these five.
+        waiting: borrowers in the queue now.
+        longest_waiting: how long the first of them has waited.
+        borrows: connections lent and given back.
+        queued: borrows that had to wait.
+        waited: the sum of these waits.
+        longest_wait: the longest of them.
+        wait_p50: the wait that half of all borrows did not exceed.
+        wait_p99: the wait that 99 % of all borrows did not exceed.
+        timeouts: borrowers whose timeout passed.
+        refused: borrowers refused at once (max_waiting, or a server that cannot be reached).
+        opened: connections opened.
+        opening_time: the time that this took, summed.
+        open_failures: attempts to open one that failed.
+        orphaned: leases dropped without being given back; their connections were replaced.
+        closed: connections closed, by reason.
+        generation: how often the pool was drained.
+    """
+
+    name: str
+    state: str
+    min_size: int
+    max_size: int
+    opening: int
+    idle: int
+    in_use: int
+    pinging: int
+    closing: int
+    size: int
+    waiting: int
+    longest_waiting: float
+    borrows: int
+    queued: int
+    waited: float
+    longest_wait: float
+    wait_p50: float
+    wait_p99: float
+    timeouts: int
+    refused: int
+    opened: int
+    opening_time: float
+    open_failures: int
+    orphaned: int
+    closed: dict[str, int] = field(default_factory=dict)
+    generation: int = 0

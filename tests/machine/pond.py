@@ -1,0 +1,220 @@
+"""A machine with everything that it has to be told: a small runtime, for the interleaver.
+
+One job: play borrowers, keeper and server against a real `Machine` in the threads of an
+`Interleaver`, and check after each step that no connection is lent twice.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from functools import partial
+from typing import TYPE_CHECKING
+
+from penstock._machine import machine as machine_module
+from penstock._machine import slot as slot_module
+from penstock._machine.machine import LOOK_AGAIN, SLOWLY, Machine, Refusal, Verdict, Waiter
+from penstock._machine.orders import Close, Open, Order
+from penstock._machine.policy import Limits
+from penstock._machine.slot import Reason, Slot, SlotRef, SlotState
+from tests.machine.interleaver import Interleaver, SimGate, SimLock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WATCHED = (machine_module.__file__, slot_module.__file__)
+
+
+class FakeLink:
+    """A connection that knows who has it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.holder: str | None = None
+        self.closed = False
+        self.generation = 0
+
+
+class Pond:
+    """The runtime. `borrow_and_return` is what a borrower does, `keep` what the keeper does."""
+
+    def __init__(
+        self,
+        interleaver: Interleaver,
+        limits: Limits,
+        *,
+        put: Callable[[Machine, Slot], int] = Machine.put,
+    ) -> None:
+        self.sim = interleaver
+        self.lock = SimLock(interleaver)
+        self.orphans: queue.SimpleQueue[SlotRef] = queue.SimpleQueue()
+        self.machine = Machine(limits, orphans=self.orphans.put, random=lambda: 0.5)
+        self.put = put
+        self.todo: list[Order] = []
+        self.links = 0
+        self.served = 0
+        self.timed_out = 0
+        self.borrowers = 0
+        self.now = 0.0
+        self.carry_out(self.machine.open(self.now))
+
+    # -- borrowers --------------------------------------------------------------------------------
+
+    def borrow_and_return(self, times: int, *, may_time_out: bool = True) -> None:
+        for _ in range(times):
+            slot = self.machine.take(self.now, threading.get_ident())
+            if slot is None:
+                slot = self.wait_for_slot(may_time_out=may_time_out)
+            if slot is None:
+                self.timed_out += 1
+            else:
+                self.use(slot)
+                self.give_back(slot)
+                del slot
+        self.borrowers -= 1
+
+    def wait_for_slot(self, *, may_time_out: bool) -> Slot | None:
+        gate = SimGate(self.sim)
+        waiter = Waiter(threading.get_ident(), gate.wake)
+        with self.lock:
+            orders = self.machine.queue_up(waiter, self.now)
+        self.carry_out(orders)
+        while True:
+            gate.wait(may_time_out=may_time_out)
+            slot = waiter.slot
+            if slot is not None:
+                waiter.slot = None
+                if slot.state is SlotState.PINGING:
+                    with self.lock:
+                        orders = self.machine.pinged(slot, self.now)
+                    self.carry_out(orders)
+                return slot
+            if waiter.refusal is not None:
+                assert waiter.refusal is Refusal.CLOSED
+                return None
+            with self.lock:
+                orders = self.machine.give_up(waiter, self.now, timed_out=True)
+            self.carry_out(orders)
+            return None
+
+    def use(self, slot: Slot) -> None:
+        me = threading.current_thread().name
+        link = slot.link
+        assert slot.state is SlotState.IN_USE, slot.state
+        assert link.holder is None, f"connection {link.number} lent to {link.holder} and {me}"
+        assert not link.closed, "a closed connection was lent"
+        link.holder = me
+        for _ in range(self.sim.random.randrange(1, 12)):
+            self.sim.pause()
+        assert link.holder == me
+        link.holder = None
+        self.served += 1
+
+    def give_back(self, slot: Slot) -> None:
+        answer = self.put(self.machine, slot)
+        if answer == LOOK_AGAIN:
+            with self.lock:
+                orders = self.machine.look_again(self.now)
+            self.carry_out(orders)
+        elif answer == SLOWLY:
+            with self.lock:
+                orders = self.machine.returned(slot, self.now, Verdict.CLEAN)
+            self.carry_out(orders)
+
+    # -- keeper -----------------------------------------------------------------------------------
+
+    def carry_out(self, orders: list[Order]) -> None:
+        self.todo.extend(order for order in orders if isinstance(order, Open | Close))
+
+    def keep(self) -> None:
+        """Carry out orders until no borrower is left and nothing is to be done."""
+        while True:
+            self.sim.wait_until(lambda: bool(self.todo) or self.borrowers == 0)
+            if not self.todo:
+                return
+            order = self.todo.pop(0)
+            with self.lock:
+                orders = self.answer(order)
+            self.carry_out(orders)
+
+    def answer(self, order: Order) -> list[Order]:
+        if isinstance(order, Open):
+            self.links += 1
+            link = FakeLink(self.links)
+            link.generation = order.slot.generation
+            return self.machine.opened(order.slot, link, self.now)
+        assert isinstance(order, Close)
+        assert order.slot.link.holder is None or order.reason is Reason.ORPHANED
+        order.slot.link.closed = True
+        return self.machine.closed(order.slot, order.reason, self.now)
+
+    # -- disturbances -----------------------------------------------------------------------------
+
+    def condemn_one(self) -> None:
+        """What the watcher does, and then the keeper."""
+        for slot in self.machine.slots()[:1]:
+            if slot.link is not None:
+                slot.condemn(Reason.HUNG_UP)
+                with self.lock:
+                    orders = self.machine.hung_up(slot, self.now)
+                self.carry_out(orders)
+
+    def drain(self) -> None:
+        with self.lock:
+            orders = self.machine.drain(self.now)
+        self.carry_out(orders)
+
+    def tick(self) -> None:
+        with self.lock:
+            orders = self.machine.tick(self.now)
+        self.carry_out(orders)
+
+    # -- checks -----------------------------------------------------------------------------------
+
+    def check_rest(self) -> None:
+        """Nobody borrows any more: everything is in its place, exactly once."""
+        machine = self.machine
+        places = [*machine.idle, *machine.aside]
+        assert len(places) == len(set(map(id, places))), "a slot is in two places"
+        assert len(places) == len(machine.refs), "a slot is in no place"
+        assert len(machine.refs) <= machine.limits.max_size
+        assert not machine.waiting(), "somebody was forgotten"
+        assert not machine.opening
+        assert self.orphans.empty(), "a slot fell out of every place"
+        assert self.served == machine.borrows(), (self.served, machine.borrows())
+
+
+def run_schedule(
+    seed: int,
+    *,
+    put: Callable[[Machine, Slot], int] = Machine.put,
+    crowded: bool = False,
+    watched: tuple[str, ...] = WATCHED,
+) -> Pond:
+    """One seeded history: borrowers, a keeper, and something that disturbs them.
+
+    `crowded`: three or four patient borrowers on one connection and no disturbance, where the
+    windows of `put` are met most often.
+    """
+    sim = Interleaver(seed, *watched)
+    rng = sim.random
+    limits = Limits(
+        min_size=rng.choice([0, 1, 2]), max_size=1 if crowded else rng.choice([1, 2, 3])
+    )
+    pond = Pond(sim, limits, put=put)
+    pond.borrowers = rng.choice([3, 4] if crowded else [2, 3, 4])
+    impatient = not crowded and rng.random() < 0.5
+    for number in range(pond.borrowers):
+        times = 3 if crowded else rng.choice([1, 2, 3])
+        sim.spawn(
+            partial(pond.borrow_and_return, times, may_time_out=impatient), f"borrower-{number}"
+        )
+    sim.spawn(pond.keep, "keeper")
+    if not crowded:
+        what = rng.choice([pond.condemn_one, pond.drain, pond.tick, lambda: None])
+        sim.spawn(what, "disturber")
+    sim.run()
+    while pond.todo:
+        pond.carry_out(pond.answer(pond.todo.pop(0)))
+    pond.check_rest()
+    return pond

@@ -1,0 +1,70 @@
+"""The real machine in real threads, one opcode at a time: `pytest --seeds=1000` for more."""
+
+from __future__ import annotations
+
+import pytest
+
+from penstock._machine.machine import DONE, LOOK_AGAIN, SLOWLY, Machine
+from penstock._machine.slot import Slot, SlotState
+from tests.machine.pond import WATCHED, run_schedule
+
+
+def test_no_connection_is_lent_twice_and_nobody_is_forgotten_in_any_schedule(seeds):
+    served = timed_out = 0
+    for seed in seeds:
+        try:
+            pond = run_schedule(seed)
+        except BaseException as error:
+            pytest.fail(f"seed {seed}: {error!r}")
+        served += pond.served
+        timed_out += pond.timed_out
+    print(f"{len(seeds)} schedules from seed {seeds[0]}: {served} served, {timed_out} timed out")
+    assert served > len(seeds)
+    assert timed_out > 0
+
+
+def put_with_two_answers(machine: Machine, slot: Slot) -> int:
+    """What penstock's `put` must not be: the caller learns what happened by looking at the slot."""
+    if machine.waiters or slot.epoch != machine.epoch:
+        return SLOWLY
+    assert slot.ref is not None
+    slot.ref.borrows += 1
+    slot.state = SlotState.IDLE
+    machine.idle.append(slot)
+    if machine.waiters:
+        # Not ours any more: it may be in use again, and then this takes it from its borrower.
+        return SLOWLY if slot.state is SlotState.IN_USE else LOOK_AGAIN
+    return DONE
+
+
+def put_that_does_not_look_again(machine: Machine, slot: Slot) -> int:
+    if machine.waiters or slot.epoch != machine.epoch:
+        return SLOWLY
+    assert slot.ref is not None
+    slot.ref.borrows += 1
+    slot.state = SlotState.IDLE
+    machine.idle.append(slot)
+    return DONE
+
+
+def first_failure(put, limit=2000):
+    for seed in range(limit):
+        try:
+            run_schedule(seed, put=put, crowded=True, watched=(*WATCHED, __file__))
+        except AssertionError as error:
+            print(f"found at seed {seed}: {error}")
+            return error
+    return None
+
+
+def test_the_interleaver_finds_the_double_lend_when_put_is_weakened():
+    assert first_failure(put_with_two_answers) is not None
+
+
+def test_the_interleaver_finds_the_forgotten_waiter_when_put_does_not_look_again():
+    assert first_failure(put_that_does_not_look_again) is not None
+
+
+def test_the_same_crowd_is_served_by_the_real_put(seeds):
+    for seed in seeds[: len(seeds) // 2]:
+        run_schedule(seed, crowded=True)
