@@ -133,9 +133,9 @@ def _attempts(params: Params) -> tuple[list[Params], list[psycopg.OperationalErr
     failures: list[psycopg.OperationalError] = []
     for host, port in hosts:
         attempts += _resolved(params, host, port, failures)
-    if effective["load_balance_hosts"] == "random":
+    if effective.get("load_balance_hosts") == "random":
         random.shuffle(attempts)
-    if effective["target_session_attrs"] == "prefer-standby":
+    if effective.get("target_session_attrs") == "prefer-standby":
         attempts = _twice(attempts)
     return attempts, failures
 
@@ -236,11 +236,7 @@ def _connected(attempt: Params, until: float, tape: Tape | None) -> PGconn:
     try:
         if tape is not None:
             tape.attach(handle)
-        if not _steps_in_time(handle, until):
-            raise _late(attempt)
-        if handle.status != pq.ConnStatus.OK:
-            raise psycopg.OperationalError(handle.get_error_message())
-        handle.nonblocking = 1
+        _step_until_connected(handle, attempt, until)
     except BaseException:
         if tape is not None:
             handle.untrace()  # flushes; a freed handle would leave it to the exit of the process
@@ -249,21 +245,18 @@ def _connected(attempt: Params, until: float, tape: Tape | None) -> PGconn:
     return handle
 
 
-def _steps_in_time(handle: PGconn, until: float) -> bool:
-    """Take libpq through the connection's start, to either end. False: not in time."""
+def _step_until_connected(handle: PGconn, attempt: Params, until: float) -> None:
     # "behave as if the last poll said: waiting to write" (libpq docs)
     wanted = WRITE if handle.status != pq.ConnStatus.BAD else 0
     while wanted:
         # The descriptor can change between steps (TLS refused, next address): ask each time.
         if not wait(handle.socket, wanted, until):
-            return False
+            where = attempt.get("hostaddr") or attempt.get("host") or "the server"
+            raise psycopg.errors.ConnectionTimeout(f"no connection to {where} in time")
         wanted = _next_step(handle.connect_poll())
-    return True
-
-
-def _late(attempt: Params) -> psycopg.OperationalError:
-    where = attempt.get("hostaddr") or attempt.get("host") or "the server"
-    return psycopg.errors.ConnectionTimeout(f"no connection to {where} in time")
+    if handle.status != pq.ConnStatus.OK:
+        raise psycopg.OperationalError(handle.get_error_message())
+    handle.nonblocking = 1
 
 
 def _next_step(status: int) -> int:

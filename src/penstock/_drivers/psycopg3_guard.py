@@ -13,6 +13,7 @@ test_third_party_assumptions.py.
 
 from __future__ import annotations
 
+from types import new_class
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast
 from weakref import ref
 
@@ -114,69 +115,72 @@ def _note(conn: AnyConnection, name: str, value: object) -> None:
         touched.discard(name)
 
 
+class Watching(psycopg.Connection[Any]):
+    """What is put in front of a connection class: the connection notes changes of its settings.
+
+    It costs a query nothing: psycopg sets none of the watched attributes for a statement, and
+    reading them takes the same way as before.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _WATCHED:
+            _note(self, name, value)
+        super().__setattr__(name, value)
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        """The connection's adapters, as in psycopg, and watched.
+
+        Made at first use, as in psycopg: what the application has registered globally until then
+        is in it.
+        """
+        if self._adapters is None:
+            self._adapters = WatchedAdapters(psycopg.adapters, self)
+        return self._adapters
+
+    def add_notice_handler(self, callback: Any) -> None:
+        """Register a callable for notices, as in psycopg."""
+        _note(self, "notice handlers", callback)
+        super().add_notice_handler(callback)
+
+    def remove_notice_handler(self, callback: Any) -> None:
+        """Unregister a callable for notices, as in psycopg."""
+        _note(self, "notice handlers", callback)
+        super().remove_notice_handler(callback)
+
+    def add_notify_handler(self, callback: Any) -> None:
+        """Register a callable for notifications, as in psycopg."""
+        _note(self, "notify handlers", callback)
+        super().add_notify_handler(callback)
+
+    def remove_notify_handler(self, callback: Any) -> None:
+        """Unregister a callable for notifications, as in psycopg."""
+        _note(self, "notify handlers", callback)
+        super().remove_notify_handler(callback)
+
+    def _check_connection_ok(self) -> None:
+        # psycopg would say "the connection is closed", by an error that people retry.
+        # Called once per statement, and as dear as the method that it replaces.
+        if self.pgconn.status == ConnStatus.OK:
+            return
+        if self.pgconn is DEAD:
+            raise psycopg.InterfaceError(GIVEN_BACK)
+        super()._check_connection_ok()
+
+
 # Two threads may both make a class for the same base: one is then used for a few connections only.
 _watched_classes: dict[type[Any], type[Any]] = {}
 
 
 def watched(base: type[C]) -> type[C]:
-    """The class to build connections of: `base`, and it notes changes of settings.
-
-    It looks like `base` (name, module, isinstance) and costs a query nothing: psycopg sets none of
-    the watched attributes for a statement, and reading them takes the same way as before.
-    """
+    """The class to build connections of: a subclass of `base` that looks like it and watches."""
     if base not in _watched_classes:
-        _watched_classes[base] = _watching(base)
+        made = new_class(base.__name__, (Watching, base))
+        made.__qualname__ = base.__qualname__
+        made.__module__ = base.__module__
+        made.__doc__ = base.__doc__
+        _watched_classes[base] = made
     return cast("type[C]", _watched_classes[base])
-
-
-def _watching(base: type[C]) -> type[C]:
-
-    class Watched(base):  # type: ignore[valid-type, misc]
-        __doc__ = base.__doc__
-
-        def __setattr__(self, name: str, value: object) -> None:
-            if name in _WATCHED:
-                _note(self, name, value)
-            super().__setattr__(name, value)
-
-        @property
-        def adapters(self) -> AdaptersMap:
-            # Made at first use, as in psycopg: what the application registers globally before
-            # that is in it.
-            attributes = vars(self)
-            if attributes["_adapters"] is None:
-                attributes["_adapters"] = WatchedAdapters(psycopg.adapters, self)
-            return cast("AdaptersMap", attributes["_adapters"])
-
-        def add_notice_handler(self, callback: Any) -> None:
-            _note(self, "notice handlers", callback)
-            super().add_notice_handler(callback)
-
-        def remove_notice_handler(self, callback: Any) -> None:
-            _note(self, "notice handlers", callback)
-            super().remove_notice_handler(callback)
-
-        def add_notify_handler(self, callback: Any) -> None:
-            _note(self, "notify handlers", callback)
-            super().add_notify_handler(callback)
-
-        def remove_notify_handler(self, callback: Any) -> None:
-            _note(self, "notify handlers", callback)
-            super().remove_notify_handler(callback)
-
-        def _check_connection_ok(self) -> None:
-            # psycopg would say "the connection is closed", by an error that people retry.
-            # Once per statement, and as dear as the method that it replaces.
-            if self.pgconn.status == ConnStatus.OK:
-                return
-            if self.pgconn is DEAD:
-                raise psycopg.InterfaceError(GIVEN_BACK)
-            super()._check_connection_ok()
-
-    Watched.__name__ = base.__name__
-    Watched.__qualname__ = base.__qualname__
-    Watched.__module__ = base.__module__
-    return cast("type[C]", Watched)
 
 
 class WatchedTypes(TypesRegistry):
