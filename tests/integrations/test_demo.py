@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import psycopg
 import pytest
 
 import penstock
-from penstock.cli import ledger
+from penstock.cli import acts, bank_pools, command_line, ledger
 from penstock.cli.bank_tables import create_bank
 from penstock.cli.ledger import Findings, Transfer
 from penstock.cli.load import Outcome, Tally, Trouble
@@ -114,10 +115,6 @@ def account_of(run: DemoRun, timeout: float) -> dict[str, Any]:
     return account
 
 
-def total(account: dict[str, Any], what: str) -> int:
-    return sum(act[what] for act in account["acts"])
-
-
 def in_all_acts(account: dict[str, Any], what: str) -> int:
     return sum(act[what] for act in account["acts"])
 
@@ -176,6 +173,27 @@ def test_an_interrupted_demo_leaves_no_process_socket_or_folder(
     send(run.process.pid, signum)
     assert run.finish(timeout=15) != 0, run.said()
     assert run.left_behind() == []
+
+
+@needs_proc
+def test_a_demo_that_is_killed_leaves_nothing_either(demo_in_folder: StartDemo) -> None:
+    run = demo_in_folder("--pool=psycopg2", "--no-preload", "--seconds=60")
+    until(lambda: any(run.folder.glob("penstock-*/demo/reports*/*.json")))
+    run.process.kill()
+    until(lambda: not run.left_behind())
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for what nobody announces."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_command_line_offers_what_there_is() -> None:
+    assert tuple(act.name for act in acts.ACTS) == command_line.ACTS
+    assert tuple(bank_pools.KINDS) == command_line.POOLS
 
 
 def test_help_needs_nothing_and_a_command_names_the_extra() -> None:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from flask.typing import ResponseReturnValue
 
 # The names by which gunicorn_process hands its settings down.
-POOL, CONNINFO, REPORTS, PRELOAD = (
-    f"PENSTOCK_DEMO_{name}" for name in ("POOL", "CONNINFO", "REPORTS", "PRELOAD")
+POOL, CONNINFO, REPORTS, READER, PRELOAD = (
+    f"PENSTOCK_DEMO_{name}" for name in ("POOL", "CONNINFO", "REPORTS", "READER", "PRELOAD")
 )
 
 BALANCE = "select %s::text, aid, abalance from pgbench_accounts where aid = %s"
@@ -59,7 +59,10 @@ def create_app() -> Flask:
     add_routes(app, till)
     app.register_error_handler(Exception, lambda error: explain(error, till))
     report_from_each_worker(
-        Path(os.environ[REPORTS]), measure, before_fork=os.environ[PRELOAD] == "yes"
+        Path(os.environ[REPORTS]),
+        int(os.environ[READER]),
+        measure,
+        before_fork=os.environ[PRELOAD] == "yes",
     )
     return app
 

@@ -6,15 +6,14 @@ It must not know how anything is done: each part has a file of its own beside th
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from penstock.cli import bank_service, ledger
@@ -31,6 +30,7 @@ from penstock.launcher import LauncherError, Server
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 DATABASE = "bank"
 # Branches: few enough that transfers meet each other in the table's hottest rows, as they do in life.
@@ -104,10 +104,11 @@ class Demo:
         plan, screen = self._plan, self._screen
         screen.say(f"penstock demo: pool {plan.pool}, {plan.workers} workers, seed {plan.seed}")
         with ExitStack() as stage:
-            folder = Path(stage.enter_context(tempfile.TemporaryDirectory(prefix="penstock-demo-")))
-            self._interruption.check()
             server = stage.enter_context(Server())
             self._interruption.check()
+            # In the server's folder: its supervisor removes that even if we are killed.
+            folder = server.folder / "demo"
+            folder.mkdir()
             bank = self._create_bank(server)
             self._interruption.check()
             watch = stage.enter_context(SessionWatch(_conninfo(server)))
@@ -130,11 +131,13 @@ class Demo:
         self, folder: Path, server: Server, bank: Bank, watch: SessionWatch, *, preload: bool
     ) -> list[ActResult]:
         """All acts on one gunicorn, which has to live through them."""
-        reports = Path(tempfile.mkdtemp(prefix="reports-", dir=folder))
+        reports = folder / f"reports {MODES[preload]}"
+        reports.mkdir()
         environment = {
             bank_service.POOL: self._plan.pool,
             bank_service.CONNINFO: _conninfo(server),
             bank_service.REPORTS: str(reports),
+            bank_service.READER: str(os.getpid()),
             bank_service.PRELOAD: "yes" if preload else "no",
         }
         with GunicornProcess(

@@ -42,7 +42,12 @@ class Screen:
         self._task = self._progress.add_task("starting", total=float(acts))
         self._act_begun = 0.0
         self._act_seconds = 0.0
-        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
+        self._live = Live(
+            get_renderable=self._render,
+            console=self._console,
+            refresh_per_second=4,
+            transient=True,  # the account at the end takes its place
+        )
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:

@@ -1,13 +1,18 @@
 """How each worker tells the demo how it is: a small file per process, replaced four times a second.
 
 Files, because a question over HTTP reaches whichever worker happens to take it, and one that is
-busy or dead could not answer. It must not know what a pool or a request is.
+busy or dead could not answer. When nobody is left to read them, because the demo was killed without
+a chance to clean up, the workers see that here and end gunicorn.
+
+It must not know what a pool or a request is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import threading
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -33,27 +38,37 @@ class WorkerReport:
 
 
 def report_from_each_worker(
-    folder: Path, measure: Callable[[], WorkerReport], *, before_fork: bool
+    folder: Path, reader: int, measure: Callable[[], WorkerReport], *, before_fork: bool
 ) -> None:
-    """Start a thread that reports: here, or, when this is the master, in each worker it forks."""
+    """Start a thread that reports: here, or, when this is the master, in each worker it forks.
+
+    Args:
+        folder: where the reports are put.
+        reader: the pid of the demo.
+        measure: how this worker is.
+        before_fork: whether this is the master.
+    """
+
+    def start() -> None:
+        target, arguments = _keep_reporting, (folder, reader, measure)
+        threading.Thread(target=target, args=arguments, name="report", daemon=True).start()
+
     if before_fork:
-        os.register_at_fork(after_in_child=lambda: _start(folder, measure))
+        os.register_at_fork(after_in_child=start)
     else:
-        _start(folder, measure)
+        start()
 
 
-def _start(folder: Path, measure: Callable[[], WorkerReport]) -> None:
-    threading.Thread(target=_keep_reporting, args=(folder, measure), daemon=True).start()
-
-
-def _keep_reporting(folder: Path, measure: Callable[[], WorkerReport]) -> None:
+def _keep_reporting(folder: Path, reader: int, measure: Callable[[], WorkerReport]) -> None:
     file = folder / f"{os.getpid()}.json"
     pause = threading.Event()
-    while folder.is_dir():
+    while _alive(reader):
         unfinished = file.with_suffix(".new")
         unfinished.write_text(json.dumps(asdict(measure())))
         unfinished.replace(file)  # a reader sees the old report or the new one, never half of one
         pause.wait(INTERVAL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def read_reports(folder: Path) -> list[WorkerReport]:
