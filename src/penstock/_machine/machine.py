@@ -60,7 +60,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .orders import Close, Open, Order, Overdue, ReportOutage, TickAt
 from .policy import UNHEALABLE_DELAY, Limits, retire_at, retry_delay
-from .slot import UNSURE_EPOCH, Move, Reason, Slot, SlotRef, SlotState, refer_to
+from .slot import Move, Reason, Slot, SlotRef, SlotState, refer_to
 from .tally import Stats, Tally, wait_quantile
 
 if TYPE_CHECKING:
@@ -620,6 +620,8 @@ class Machine:
         if reason is not None:
             self._end(slot, reason, orders)
             return
+        if slot.reset_pending:
+            slot.move(Move.DOUBT)  # whoever gets it reads the answer first
         waiter = self._first_waiter(now)
         if slot.state is SlotState.PINGING:
             if waiter is None:
@@ -637,8 +639,6 @@ class Machine:
             return
         if slot.state is IN_USE:
             slot.move(Move.PUT)
-        if slot.reset_pending:
-            slot.epoch = UNSURE_EPOCH  # the next borrower reads the answer first
         self.idle.append(slot)
 
     # -- growing and failing ----------------------------------------------------------------------
@@ -655,8 +655,7 @@ class Machine:
     def _should_open(self, now: float, orders: list[Order]) -> bool:
         if self.phase is not Phase.OPEN or len(self.refs) >= self.limits.max_size:
             return False
-        wanted = len(self.opening) < len(self.waiters) or len(self.refs) < self.limits.min_size
-        if not wanted:
+        if not self._wants_more():
             return False
         outage = self.outage
         if outage is None:
@@ -668,6 +667,14 @@ class Machine:
             return True
         orders.append(TickAt(due))
         return False
+
+    def _wants_more(self) -> bool:
+        if len(self.opening) < len(self.waiters):
+            return True
+        # Nobody waits. Before the first connection of all, open one and see: a wrong password is
+        # then one failed login, not min_size of them.
+        unproven = self.opening and not self.tally.opened
+        return len(self.refs) < self.limits.min_size and not unproven
 
     def _note_failure(
         self, error: Any, now: float, *, heals: bool, sqlstate: str | None

@@ -77,6 +77,7 @@ LEGAL_MOVES: Final[dict[tuple[SlotState, Move], SlotState]] = {
     (SlotState.IDLE, Move.END): SlotState.CLOSING,
     (SlotState.IN_USE, Move.PUT): SlotState.IDLE,
     (SlotState.IN_USE, Move.HAND_OVER): SlotState.IN_USE,
+    (SlotState.IN_USE, Move.DOUBT): SlotState.PINGING,  # given back with a reset under way
     (SlotState.IN_USE, Move.END): SlotState.CLOSING,
     (SlotState.PINGING, Move.PINGED): SlotState.IN_USE,
     (SlotState.PINGING, Move.SPARE): SlotState.IDLE,  # its waiter left before the ping was sent
@@ -86,9 +87,6 @@ LEGAL_MOVES: Final[dict[tuple[SlotState, Move], SlotState]] = {
 
 #: An epoch that no machine ever has: a slot that carries it is never lent without a second look.
 CONDEMNED_EPOCH: Final = -1
-
-#: The same for a slot that is fine, but wants a second look (a reset whose answer was not read).
-UNSURE_EPOCH: Final = -2
 
 
 class Slot:
