@@ -15,6 +15,7 @@ birth; it is never held while something waits, and a forked child makes its own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -139,6 +140,8 @@ class Watch:
         ep = self._ep or self._open()
         if ep is None:
             return 0
+        if fd == self._wake:  # a number that was closed, and taken by our own
+            raise OSError(errno.EBADF, "not a connection's descriptor")
         entry = _Entry(token)
         self._entries[fd] = entry  # before registering: the event may come at once
         try:

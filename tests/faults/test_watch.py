@@ -1,0 +1,406 @@
+"""The watcher on real sockets; no PostgreSQL needed, a server is whoever holds the other end."""
+
+import ctypes
+import logging
+import os
+import queue
+import select
+import socket
+import sys
+import threading
+import types
+import warnings
+
+import pytest
+
+from penstock import fork, watch
+from penstock.watch import Watch
+
+pytestmark = pytest.mark.skipif(not watch.available(), reason="no epoll here")
+
+PATIENCE = 10  # seconds until a test gives up; never a pass mark
+
+
+class Ends:
+    """Socket pairs of one kind, closed at the end."""
+
+    def __init__(self, kind):
+        self.kind = kind
+        self.all = []
+
+    def pair(self):
+        ours, theirs = socket.socketpair() if self.kind == "unix" else self._tcp()
+        self.all += [ours, theirs]
+        return ours, theirs
+
+    def _tcp(self):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            ours = socket.create_connection(server.getsockname())
+            theirs, _ = server.accept()
+        return ours, theirs
+
+    def close(self):
+        for end in self.all:
+            end.close()
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def ends(request):
+    found = Ends(request.param)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def heard():
+    return queue.SimpleQueue()
+
+
+@pytest.fixture
+def watcher(heard):
+    made = Watch(lambda token, fd: heard.put((token, fd)))
+    yield made
+    made.close()
+
+
+def fence(watcher, ends, heard):
+    """Wait until the watcher has dealt with everything before this: one hang-up of our own."""
+    ours, theirs = ends.pair()
+    watcher.add(ours.fileno(), "fence")
+    theirs.close()
+    before = []
+    while (item := heard.get(timeout=PATIENCE))[0] != "fence":
+        before.append(item)
+    watcher.remove(ours.fileno())
+    return before
+
+
+def test_a_hang_up_is_heard_once(watcher, ends, heard):
+    ours, theirs = ends.pair()
+    watcher.add(ours.fileno(), "slot 1")
+    theirs.close()
+    assert heard.get(timeout=PATIENCE) == ("slot 1", ours.fileno())
+    assert fence(watcher, ends, heard) == []
+
+
+def test_a_half_closed_end_and_unread_data_are_a_hang_up_too(watcher, ends, heard):
+    ours, theirs = ends.pair()
+    watcher.add(ours.fileno(), "slot 1")
+    theirs.sendall(b"FATAL: terminating connection due to administrator command")
+    theirs.shutdown(socket.SHUT_WR)
+    assert heard.get(timeout=PATIENCE) == ("slot 1", ours.fileno())
+
+
+def test_one_that_hung_up_before_it_was_added_is_heard(watcher, ends, heard):
+    ours, theirs = ends.pair()
+    theirs.close()
+    watcher.add(ours.fileno(), "slot 1")
+    assert heard.get(timeout=PATIENCE)[0] == "slot 1"
+
+
+def test_ordinary_traffic_never_wakes_the_watcher(watcher, ends, heard):
+    ours, theirs = ends.pair()
+    watcher.add(ours.fileno(), "busy")
+    fence(watcher, ends, heard)
+    before = watcher.wakeups
+    for _ in range(2000):
+        ours.sendall(b"select 1")
+        theirs.recv(100)
+        theirs.sendall(b"1")
+        ours.recv(100)
+    theirs.sendall(b"a NOTIFY that nobody reads")
+    assert fence(watcher, ends, heard) == []
+    assert watcher.wakeups == before + 1
+
+
+def test_what_is_removed_is_not_heard(watcher, ends, heard):
+    ours, theirs = ends.pair()
+    watcher.add(ours.fileno(), "gone")
+    watcher.remove(ours.fileno())
+    theirs.close()
+    assert fence(watcher, ends, heard) == []
+
+
+def test_removing_tolerates_unknown_removed_and_closed_descriptors(watcher, ends, heard):
+    ours, _ = ends.pair()
+    number = ours.fileno()
+    watcher.remove(number)
+    watcher.add(number, "one")
+    ours.close()
+    watcher.remove(number)
+    watcher.remove(number)
+    assert fence(watcher, ends, heard) == []
+
+
+def test_a_number_that_is_used_again_belongs_to_the_new_one(watcher, ends, heard):
+    first, first_end = ends.pair()
+    number = first.fileno()
+    serial = watcher.add(number, "old")
+    watcher.remove(number)
+    second, second_end = ends.pair()
+    os.dup2(second.fileno(), number)  # closes the old one; the number is the new one's now
+    new_serial = watcher.add(number, "new")
+    assert new_serial != serial
+    watcher.remove(number, serial)  # a late word about the old one
+    first_end.close()
+    assert fence(watcher, ends, heard) == []
+    second_end.close()
+    assert heard.get(timeout=PATIENCE) == ("new", number)
+
+
+def test_a_late_event_of_an_earlier_user_of_the_number_harms_nobody(ends, heard):
+    watcher = Watch(lambda token, fd: heard.put(token), threaded=False)
+    try:
+        ours, theirs = ends.pair()
+        watcher.add(ours.fileno(), "alive")
+        # What an event in flight looks like when its descriptor was closed and used again.
+        watcher._dispatch([(ours.fileno(), select.EPOLLRDHUP)])
+        assert heard.empty()
+        theirs.close()
+        watcher.collect()
+        assert heard.get_nowait() == "alive"
+    finally:
+        watcher.close()
+
+
+def test_a_descriptor_that_is_closed_is_refused_and_forgotten(watcher, ends):
+    ours, _ = ends.pair()
+    number = ours.fileno()
+    ours.close()
+    with pytest.raises(OSError):  # noqa: PT011  EBADF or EPERM
+        watcher.add(number, "nobody")
+    assert "0 watched" in repr(watcher)
+
+
+def test_the_thread_starts_at_the_first_add_and_sleeps(watcher, ends, heard):
+    assert "not running" in repr(watcher)
+    ours, _ = ends.pair()
+    watcher.add(ours.fileno(), "x")
+    assert repr(watcher) == "<Watch running: 1 watched, 0 wake-ups>"
+
+
+def test_what_happens_while_it_is_stopped_is_heard_after_the_start(watcher, ends, heard):
+    ours, theirs = ends.pair()
+    watcher.add(ours.fileno(), "slot 1")
+    for _ in range(20):
+        assert watcher.stop(PATIENCE)
+        assert "not running" in repr(watcher)
+        watcher.start()
+    assert watcher.stop(PATIENCE)
+    theirs.close()
+    assert heard.empty()
+    watcher.start()
+    assert heard.get(timeout=PATIENCE) == ("slot 1", ours.fileno())
+
+
+def test_a_thread_that_cannot_stop_in_time_goes_on_after_the_start(ends):
+    inside, go_on, heard = threading.Event(), threading.Event(), queue.SimpleQueue()
+
+    def slow(token, fd):
+        if token == "slow":
+            inside.set()
+            go_on.wait(PATIENCE)
+        heard.put((token, fd))
+
+    watcher = Watch(slow)
+    try:
+        ours, theirs = ends.pair()
+        watcher.add(ours.fileno(), "slow")
+        theirs.close()
+        assert inside.wait(PATIENCE)
+        assert not watcher.stop(0)
+        watcher.start()
+        go_on.set()
+        assert fence(watcher, ends, heard) == [("slow", ours.fileno())]
+        assert sum(t.name == "penstock-watch" for t in threading.enumerate()) == 1
+    finally:
+        go_on.set()
+        watcher.close()
+
+
+def test_an_owner_that_raises_silences_nobody(ends, caplog):
+    heard = queue.SimpleQueue()
+
+    def owner(token, fd):
+        if token == "bad":
+            raise RuntimeError("an owner's bug")
+        heard.put((token, fd))
+
+    watcher = Watch(owner)
+    try:
+        ours, theirs = ends.pair()
+        watcher.add(ours.fileno(), "bad")
+        with caplog.at_level(logging.CRITICAL + 1, logger="penstock"):
+            theirs.close()
+            assert fence(watcher, ends, heard) == []
+    finally:
+        watcher.close()
+
+
+def test_an_interrupt_in_the_thread_loses_no_hang_up(ends):
+    heard = queue.SimpleQueue()
+
+    calls = []
+
+    def owner(token, fd):
+        calls.append(fd)
+        if len(calls) == 1:
+            heard.put("once")
+            # strikes in this thread as soon as this call has returned
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(threading.get_ident()), ctypes.py_object(KeyboardInterrupt)
+            )
+        else:
+            heard.put((token, fd))
+
+    watcher = Watch(owner)
+    logging.getLogger("penstock").disabled = True
+    try:
+        pairs = [ends.pair() for _ in range(5)]
+        for ours, _ in pairs:
+            watcher.add(ours.fileno(), "interrupted")
+        watcher.stop(PATIENCE)
+        for _, theirs in pairs:
+            theirs.close()
+        watcher.start()  # all five events come in one go
+        assert heard.get(timeout=PATIENCE) == "once"
+        rest = {heard.get(timeout=PATIENCE)[1] for _ in range(4)}
+        assert rest <= {ours.fileno() for ours, _ in pairs}
+        assert len(rest) == 4
+    finally:
+        logging.getLogger("penstock").disabled = False
+        watcher.close()
+
+
+def test_an_epoll_closed_by_somebody_else_ends_the_thread_instead_of_spinning(ends, heard):
+    watcher = Watch(lambda token, fd: heard.put(token))
+    logging.getLogger("penstock").disabled = True
+    try:
+        ours, theirs = ends.pair()
+        watcher.add(ours.fileno(), "x")
+        thread = watcher._run.thread
+        watcher._ep.close()
+        os.eventfd_write(watcher._wake, 1)  # a thread inside poll holds the epoll: get it out
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+        theirs.close()
+        watcher.sweep()
+        assert heard.get(timeout=PATIENCE) == "x"
+    finally:
+        logging.getLogger("penstock").disabled = False
+        watcher.after_fork_in_child()
+        fork.forget(watcher.stop)
+        fork.forget(watcher.start)
+        fork.forget(watcher.after_fork_in_child)
+
+
+def test_an_event_loop_can_drive_it_without_a_thread(ends):
+    heard = []
+    watcher = Watch(lambda token, fd: heard.append(token), threaded=False)
+    try:
+        ours, theirs = ends.pair()
+        watcher.add(ours.fileno(), "x")
+        assert "not running" in repr(watcher)
+        theirs.close()
+        assert select.select([watcher.fileno()], [], [], PATIENCE)[0]
+        watcher.collect()
+        watcher.collect()
+        assert heard == ["x"]
+    finally:
+        watcher.close()
+
+
+def test_it_finds_the_epoll_that_gevent_took_away(monkeypatch):
+    epoll = select.epoll
+    fake = types.ModuleType("gevent.monkey")
+    fake.is_module_patched = lambda name: name == "select"
+    fake.get_original = lambda module, name: {"epoll": epoll}[name]
+    monkeypatch.setitem(sys.modules, "gevent.monkey", fake)
+    monkeypatch.delattr(select, "epoll")
+    assert watch.available()
+    assert watch._original("epoll") is epoll
+
+
+def test_without_epoll_it_does_nothing_and_says_so(monkeypatch, ends):
+    monkeypatch.delattr(select, "epoll")
+    watcher = Watch(lambda token, fd: None)
+    ours, _ = ends.pair()
+    assert not watch.available()
+    assert watcher.add(ours.fileno(), "x") == 0
+    watcher.remove(ours.fileno())
+    watcher.collect()
+    assert watcher.stop()
+    with pytest.raises(OSError, match="no epoll"):
+        watcher.fileno()
+
+
+def in_child(fork_call, work):
+    """Run `work` in a child and give what it reported; it never returns from the child."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        # the test's own threads (pytest plugins) are not ours to park
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = fork_call()
+    if pid == 0:
+        status = 1
+        try:
+            os.write(writer, str(work()).encode())
+            status = 0
+        except BaseException as error:
+            os.write(writer, repr(error).encode())
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        said = pipe.read()
+    return said, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def libc_fork():
+    return ctypes.PyDLL(None).fork()
+
+
+@pytest.mark.parametrize("fork_call", [os.fork, libc_fork], ids=["os.fork", "libc fork"])
+def test_a_child_does_not_disturb_the_parents_registrations(watcher, ends, heard, fork_call):
+    ours, theirs = ends.pair()
+    watcher.add(ours.fileno(), "parent's")
+
+    def child():
+        watcher.remove(ours.fileno())  # before anybody noticed the fork, or after
+        own, own_end = ends.pair()
+        watcher.add(own.fileno(), "child's")
+        watcher.remove(ours.fileno())
+        ours.close()
+        own_end.close()
+        said = heard.get(timeout=PATIENCE)
+        assert said == ("child's", own.fileno())
+        return said[0]
+
+    assert in_child(fork_call, child) == ("child's", 0)
+    assert fence(watcher, ends, heard) == []
+    theirs.close()
+    assert heard.get(timeout=PATIENCE) == ("parent's", ours.fileno())
+
+
+def test_a_fork_restarts_the_parents_thread(watcher, ends, heard):
+    ours, theirs = ends.pair()
+    watcher.add(ours.fileno(), "parent's")
+    assert in_child(os.fork, lambda: repr(watcher)) == (
+        "<Watch not running: 0 watched, 1 wake-ups>",
+        0,
+    )
+    assert "<Watch running: 1 watched" in repr(watcher)
+    theirs.close()
+    assert heard.get(timeout=PATIENCE)[0] == "parent's"
+
+
+def test_a_thread_that_forks_inside_hung_up_does_not_wait_for_itself(ends):
+    heard = queue.SimpleQueue()
+    watcher = Watch(lambda token, fd: heard.put((token, in_child(os.fork, lambda: "hello"))))
+    try:
+        ours, theirs = ends.pair()
+        watcher.add(ours.fileno(), "x")
+        theirs.close()
+        assert heard.get(timeout=PATIENCE) == ("x", ("hello", 0))
+    finally:
+        watcher.close()
