@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ def create_app() -> Flask:
         return WorkerReport(os.getpid(), *till.figures(), served.total, *till.wait_percentiles())
 
     add_routes(app, till)
+    app.add_url_rule("/stats", view_func=lambda: jsonify(asdict(measure())))
     app.register_error_handler(Exception, lambda error: explain(error, till))
     report_from_each_worker(
         Path(os.environ[REPORTS]),

@@ -10,7 +10,7 @@ import os
 import random
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from penstock.cli import bank_service, ledger
 from penstock.cli.acts import ACTS, Act, Scene
-from penstock.cli.bank_tables import Bank, create_bank
+from penstock.cli.bank_tables import create_bank
 from penstock.cli.gunicorn_process import GunicornProcess, ServiceDidNotStartError
 from penstock.cli.interruption import InterruptedBySignal, Interruption
 from penstock.cli.load import Load
@@ -29,8 +29,10 @@ from penstock.cli.worker_report import read_reports
 from penstock.launcher import LauncherError, Server
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from penstock.cli.bank_tables import Bank
 
 DATABASE = "bank"
 # Branches: few enough that transfers meet each other in the table's hottest rows, as they do in life.
@@ -89,8 +91,36 @@ def _account(plan: Plan, results: Sequence[ActResult]) -> dict[str, object]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What lasts for the whole demo: the server, the bank in it, a folder, an eye on the sessions."""
+
+    server: Server
+    bank: Bank
+    folder: Path
+    watch: SessionWatch
+
+    @property
+    def conninfo(self) -> str:
+        """How the bank's database is reached."""
+        return self.server.conninfo(dbname=DATABASE, over="unix")
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What lasts for one mode: the port of a gunicorn, and where its workers report."""
+
+    preload: bool
+    port: int
+    reports: Path
+
+    def workers(self) -> list[int]:
+        """The pids of the workers that live."""
+        return [report.pid for report in read_reports(self.reports)]
+
+
 class Demo:
-    """One demo: one server, one bank and its ledger, one gunicorn per mode."""
+    """One demo: one stage, one ledger, and one service per mode, which lives through all acts."""
 
     def __init__(self, plan: Plan, screen: Screen, interruption: Interruption) -> None:
         self._plan = plan
@@ -101,86 +131,83 @@ class Demo:
 
     def perform(self) -> list[ActResult]:
         """Set up, run all acts in all modes, and take everything down again."""
-        plan, screen = self._plan, self._screen
-        screen.say(f"penstock demo: pool {plan.pool}, {plan.workers} workers, seed {plan.seed}")
-        with ExitStack() as stage:
-            server = stage.enter_context(Server())
+        plan = self._plan
+        self._screen.say(
+            f"penstock demo: pool {plan.pool}, {plan.workers} workers, seed {plan.seed}"
+        )
+        with self._set_stage() as stage:
+            return [
+                result
+                for preload in plan.preloads
+                for result in self._perform_mode(stage, preload=preload)
+            ]
+
+    @contextmanager
+    def _set_stage(self) -> Iterator[Stage]:
+        with Server() as server:
+            self._interruption.check()
+            self._screen.say(f"PostgreSQL runs on port {server.port}; making pgbench's tables")
+            conninfo = server.conninfo(dbname=DATABASE)
+            bank = create_bank(
+                server.conninfo(), conninfo, DATABASE, SCALE, server.binaries.pgbench
+            )
             self._interruption.check()
             # In the server's folder: its supervisor removes that even if we are killed.
             folder = server.folder / "demo"
             folder.mkdir()
-            bank = self._create_bank(server)
-            self._interruption.check()
-            watch = stage.enter_context(SessionWatch(_conninfo(server)))
-            results = []
-            for preload in plan.preloads:
-                results += self._perform_mode(folder, server, bank, watch, preload=preload)
-            return results
+            with SessionWatch(conninfo) as watch:
+                yield Stage(server, bank, folder, watch)
 
-    def _create_bank(self, server: Server) -> Bank:
-        self._screen.say(f"PostgreSQL runs on port {server.port}; making pgbench's tables")
-        return create_bank(
-            server.conninfo(dbname="postgres"),
-            _conninfo(server),
-            DATABASE,
-            SCALE,
-            server.binaries.pgbench,
-        )
+    def _perform_mode(self, stage: Stage, *, preload: bool) -> list[ActResult]:
+        acts = [act for act in ACTS if act.name in self._plan.acts]
+        with self._open_service(stage, preload=preload) as service:
+            self._screen.watch(partial(read_reports, service.reports), lambda: stage.watch.groups)
+            results = [self._perform_act(act, stage, service) for act in acts]
+            self._screen.show_workers()
+            self._screen.unwatch()
+        return results
 
-    def _perform_mode(
-        self, folder: Path, server: Server, bank: Bank, watch: SessionWatch, *, preload: bool
-    ) -> list[ActResult]:
-        """All acts on one gunicorn, which has to live through them."""
-        reports = folder / f"reports {MODES[preload]}"
+    @contextmanager
+    def _open_service(self, stage: Stage, *, preload: bool) -> Iterator[Service]:
+        workers, reports = self._plan.workers, stage.folder / f"reports {MODES[preload]}"
         reports.mkdir()
         environment = {
             bank_service.POOL: self._plan.pool,
-            bank_service.CONNINFO: _conninfo(server),
+            bank_service.CONNINFO: stage.conninfo,
             bank_service.REPORTS: str(reports),
             bank_service.READER: str(os.getpid()),
             bank_service.PRELOAD: "yes" if preload else "no",
         }
         with GunicornProcess(
-            folder, workers=self._plan.workers, preload=preload, environment=environment
+            stage.folder, workers=workers, preload=preload, environment=environment
         ) as gunicorn:
-            gunicorn.wait_until(
-                lambda: len(read_reports(reports)) >= self._plan.workers, self._interruption.wait
-            )
-            self._screen.watch(partial(read_reports, reports), lambda: watch.groups)
-            results = [
-                self._perform_act(act, server, bank, gunicorn.port, reports, preload=preload)
-                for act in ACTS
-                if act.name in self._plan.acts
-            ]
-            self._screen.show_workers()
-            self._screen.unwatch()
-        return results
+            service = Service(preload, gunicorn.port, reports)
+            gunicorn.wait_until(lambda: len(service.workers()) >= workers, self._interruption.wait)
+            yield service
 
-    def _perform_act(
-        self, act: Act, server: Server, bank: Bank, port: int, reports: Path, *, preload: bool
-    ) -> ActResult:
+    def _perform_act(self, act: Act, stage: Stage, service: Service) -> ActResult:
         plan = self._plan
-        seed = f"{plan.seed}/{act.title}/{MODES[preload]}"
-        self._screen.begin(act.title, preload=preload, seconds=plan.seconds)
+        seed = f"{plan.seed}/{act.name}/{service.preload}"
+        self._screen.begin(act.title, preload=service.preload, seconds=plan.seconds)
         begun = time.monotonic()
-        with Load(port, bank, self._ledger, clients=plan.clients, seed=seed) as load:
+        with Load(service.port, stage.bank, self._ledger, clients=plan.clients, seed=seed) as load:
             permit = act.perform(
                 Scene(
-                    server=server,
-                    conninfo=_conninfo(server),
+                    server=stage.server,
+                    conninfo=stage.conninfo,
                     load=load,
                     seconds=plan.seconds,
                     chance=random.Random(seed),
-                    workers=lambda: [report.pid for report in read_reports(reports)],
+                    workers=service.workers,
                     wait=self._interruption.wait,
                 )
             )
             load.finish(self._interruption.wait)
         ended = time.monotonic()
-        tally, findings = load.tally(), self._audit(server)
+        tally, findings = load.tally(), self._audit(stage.server)
         result = ActResult(
             title=act.title,
-            preload=preload,
+            preload=service.preload,
             seconds=ended - begun,
             tally=tally,
             findings=findings,
@@ -197,10 +224,6 @@ class Demo:
         found = ledger.audit(self._ledger.asked, self._ledger.acknowledged, books)
         fresh, self._known = found.since(self._known), found
         return fresh
-
-
-def _conninfo(server: Server) -> str:
-    return server.conninfo(dbname=DATABASE, over="unix")
 
 
 def _missing(pool: str) -> str | None:

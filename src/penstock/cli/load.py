@@ -1,9 +1,9 @@
 """The load: clients that ask the bank, check each answer against the question, and never ask twice.
 
 Each client is a thread with one keep-alive connection and a seeded generator of its own. http.client
-instead of httpx: on two cores, shared with the bank and the database, httpx spends three times the
-processor time per request, and it would hide what is told apart here: an error that the service
-answered, and a connection that was cut without an answer.
+instead of httpx: it costs 33 us of processor time per request, httpx 216 (measured against a server
+that does nothing), and the two cores are the bank's and the database's, too. It also never sends
+anything twice by itself.
 
 It must not know which pool is behind the bank, what is done to it, or what may fail.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 TRANSFERS = 0.3  # the rest reads balances
 # A client comes back over a new connection now and then: connections spread over the workers, also
 # over one that has just been started.
-REQUESTS_PER_CONNECTION = 50
+HANG_UPS = 1 / 30
 # Longer than the pool's patience: what the service has to say about it arrives in time.
 PATIENCE = 10.0
 
@@ -196,14 +196,12 @@ class Client(threading.Thread):
 
     def run(self) -> None:
         """Ask until the gate closes."""
-        asked = 0
         while self._gate.enter():
             try:
                 self._ask_something()
             finally:
                 self._gate.leave()
-            asked += 1
-            if asked % REQUESTS_PER_CONNECTION == 0:
+            if self._random.random() < HANG_UPS:
                 self._hang_up()
         self._hang_up()
 

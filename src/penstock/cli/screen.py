@@ -140,7 +140,7 @@ def summary_line(results: Sequence[ActResult]) -> str:
 
 def _one_line(number: int, acts: int, result: ActResult) -> str:
     counts = ", ".join(f"{result.count(outcome):,} {outcome.value}" for outcome in Outcome)
-    verdict = "ok" if result.ok else "NOT ok"
+    verdict = "ok" if result.ok else "RED"
     note = f" ({result.note})" if result.note else ""
     return (
         f"act {number}/{acts}, {MODES[result.preload]}: {result.title}: {counts},"
@@ -197,8 +197,8 @@ def _results_table(results: Sequence[ActResult]) -> Table:
             f"{result.count(Outcome.CUT):,}",
             f"{result.count(Outcome.WRONG):,}",
             f"{result.findings.lost:,}",
-            "adds up" if result.findings.adds_up else "does NOT",
-            "ok" if result.ok else "NOT ok",
+            "adds up" if result.findings.adds_up else "is off",
+            "ok" if result.ok else "RED",
             style="" if result.ok else "red",
         )
     return table
