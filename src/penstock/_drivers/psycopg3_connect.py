@@ -70,12 +70,20 @@ def connection_params(recipe: Recipe) -> Params:
         psycopg.ProgrammingError: the connection string or an option is wrong. The text names no
             piece of the string: where parsing stops, libpq quotes what may be the password.
     """
-    given = {key: value for key, value in recipe.kwargs.items() if key not in _DRIVER_OPTIONS}
-    _hide_password(given)
+    # All of them hidden: a password may sit under a misspelt name.
+    given = {
+        key: Secret(value) if isinstance(value, str) else value
+        for key, value in recipe.kwargs.items()
+        if key not in _DRIVER_OPTIONS
+    }
+    if unknown := sorted(given.keys() - _known_words()) if given else []:
+        raise psycopg.ProgrammingError(f"no connection options: {', '.join(unknown)}")
     params = _parsed(Secret(recipe.conninfo), given)
     if params is None:  # raised here, not in an `except`: libpq's text must not be its context
-        raise psycopg.ProgrammingError(_what_is_wrong(given))
-    _hide_password(params)
+        raise psycopg.ProgrammingError(
+            "the connection string cannot be parsed (not shown: it may hold a password)"
+        )
+    params = {key: Secret(each) if _is_secret(key) else each for key, each in params.items()}
     if "application_name" not in params:
         # libpq's own rule for "unless the user names one": also by PGAPPNAME or a service file.
         params.setdefault("fallback_application_name", recipe.application_name)
@@ -84,9 +92,8 @@ def connection_params(recipe: Recipe) -> Params:
     return params
 
 
-def _hide_password(params: Params) -> None:
-    if params.get("password") is not None:
-        params["password"] = Secret(params["password"])
+def _is_secret(key: str) -> bool:
+    return "password" in key or "secret" in key  # sslpassword, oauth_client_secret
 
 
 def _parsed(conninfo: str, given: Params) -> Params | None:
@@ -96,12 +103,8 @@ def _parsed(conninfo: str, given: Params) -> Params | None:
         return None
 
 
-def _what_is_wrong(given: Params) -> str:
-    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        return f"psycopg.connect() does not know these options: {', '.join(unknown)}"
-    return "the connection string cannot be parsed (not shown: it may hold a password)"
+def _known_words() -> set[str]:
+    return {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
 
 
 def _uses_service(params: Params) -> bool:
@@ -111,13 +114,13 @@ def _uses_service(params: Params) -> bool:
 def _effective(params: Params) -> dict[str, str]:
     """All parameters as libpq sees them: built in, by the environment, or said by the user."""
     found = {each.keyword.decode(): (each.val or b"").decode() for each in _defaults()}
-    found.update((key, str(value)) for key, value in params.items() if value is not None)
-    return found
+    said = {key: str(value) for key, value in params.items() if not _is_secret(key)}
+    return {**found, **said}
 
 
 def _defaults() -> list[pq.ConninfoOption]:
-    # Not the environment's secrets: they would be a local variable in every traceback.
-    return [each for each in pq.Conninfo.get_defaults() if b"password" not in each.keyword]
+    # Not the environment's secrets: they would be in a local variable of every traceback.
+    return [each for each in pq.Conninfo.get_defaults() if not _is_secret(each.keyword.decode())]
 
 
 # --- which addresses, in which order
@@ -280,7 +283,7 @@ class Tape:
     """
 
     # The server sends severity (S, translated, and V) before the code (C), and the text after it,
-    # so that text cannot imitate a code. Tab-separated: direction, length, message name, fields.
+    # so that text cannot pass for a code. Tab-separated: direction, length, message, fields.
     _ERROR = re.compile(
         rb'^B\t\d+\tErrorResponse\t(?: [SV] "[^"\n]*")* C "([0-9A-Z]{5})"', re.MULTILINE
     )
@@ -293,13 +296,15 @@ class Tape:
         handle.trace(self._fd)
         handle.set_trace_flags(pq.Trace.SUPPRESS_TIMESTAMPS)
 
-    def close(self) -> list[str]:
-        """Forget the recording; returns the codes of all errors heard."""
+    def close(self) -> str | None:
+        """Forget the recording; returns the code of the error that ended the attempt."""
         try:
-            size = os.fstat(self._fd).st_size
-            return [code.decode() for code in self._ERROR.findall(os.pread(self._fd, size, 0))]
+            heard = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         finally:
             os.close(self._fd)
+        # With sslmode=prefer libpq can start twice, and the second time counts.
+        error = self._ERROR.search(heard, max(0, heard.rfind(b"\tStartupMessage\t")))
+        return error[1].decode() if error else None
 
 
 def diagnose(error: BaseException, recipe: Recipe, seconds: float | None) -> Diagnosis:
@@ -344,18 +349,17 @@ def _diagnosis_by_trying(text: str, recipe: Recipe, deadline: float) -> Diagnosi
 
 
 def _codes(params: Params, deadline: float) -> Iterator[str]:
-    """The last code that each address answers with, those that connect or say nothing left out."""
+    """The code that each address answers with; those that connect or say nothing are left out."""
     attempts, _ = _attempts(params)
     for index, attempt in enumerate(attempts):
         heard = _heard(attempt, _share(params, deadline, len(attempts) - index))
-        if heard:
-            # The last: with sslmode=prefer libpq tries twice, and the second one counts.
-            yield heard[-1]
+        if heard is not None:
+            yield heard
         if monotonic() >= deadline:
             return
 
 
-def _heard(attempt: Params, until: float) -> list[str]:
+def _heard(attempt: Params, until: float) -> str | None:
     tape = Tape()
     try:
         handle = _connected(attempt, until, tape)
@@ -364,8 +368,8 @@ def _heard(attempt: Params, until: float) -> list[str]:
     except psycopg.Error:  # NotSupportedError, if libpq cannot trace
         pass
     finally:
-        codes = tape.close()
-    return codes
+        code = tape.close()
+    return code
 
 
 def _are_valid_options(params: Params) -> bool:
