@@ -64,7 +64,9 @@ class DemoRun:
 
     def left_behind(self) -> list[str]:
         """Files in the temporary folder, and processes that came from this run."""
-        files = [str(path) for path in self.folder.rglob("*")]
+        # os.walk, because it does not mind when folders go while it looks.
+        walk = os.walk(self.folder)
+        files = [f"{folder}/{name}" for folder, folders, names in walk for name in folders + names]
         return files + [f"process {pid}" for pid in self._processes()]
 
     def _processes(self) -> Iterator[str]:
