@@ -193,7 +193,7 @@ def _on_path() -> Iterator[Path]:
     for entry in os.get_exec_path():
         for name in REQUIRED:
             program = Path(entry or ".") / name
-            if program.exists():
+            if os.access(program, os.X_OK):  # exists() raises for folders it may not look into
                 yield program.resolve().parent
 
 
