@@ -262,16 +262,23 @@ class _Channel:
         self._ended: dict[int, int] = {}
         self._asked = 0  # requests are numbered: an interrupted one leaves its answer behind
         self._socket, theirs = socket.socketpair()
-        with theirs:
-            # Without a pipe for errors: whoever reads our output must not have to wait for a server.
-            self._process = subprocess.Popen(  # noqa: S603  (our own program)
-                [sys.executable, "-I", "-S", str(SUPERVISOR), str(self.owner)],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # the terminal's Ctrl-C is not for the server
-            )
+        try:
+            with theirs:
+                self._process = self._begin(theirs)
+        except BaseException:
+            self._socket.close()
+            raise
         self.folder = ""
+
+    def _begin(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+        # Without a pipe for errors: whoever reads our output must not have to wait for a server.
+        return subprocess.Popen(  # noqa: S603  (our own program)
+            [sys.executable, "-I", "-S", str(SUPERVISOR), str(self.owner)],
+            stdin=theirs.fileno(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # the terminal's Ctrl-C is not for the server
+        )
 
     def greet(self, timeout: float = 30.0) -> None:
         with self._lock:
