@@ -24,7 +24,7 @@ from penstock.cli.interruption import InterruptedBySignal, Interruption
 from penstock.cli.load import Load
 from penstock.cli.screen import MODES, Screen, summary_line
 from penstock.cli.server_sessions import OBSERVER, SessionWatch
-from penstock.cli.verdict import ActResult, complaints
+from penstock.cli.verdict import ActResult, complaints, latest_lend
 from penstock.cli.worker_report import read_reports
 from penstock.launcher import LauncherError, Server
 
@@ -213,6 +213,7 @@ class Demo:
             findings=findings,
             note=permit.note,
             silence=tally.longest_silence(begun, ended),
+            latest_lend=latest_lend(tally, permit),
             complaints=complaints(tally, findings, permit),
         )
         self._screen.finish(result)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from penstock.cli.ledger import Findings
 
-# A pool hears of a session's end as soon as one of its threads is scheduled: on two cores which the
-# load keeps busy, and in a process whose other threads want the interpreter, too.
-NOTICE = 0.02
+# A pool hears of a session's end as soon as one of its threads gets the interpreter, which another thread
+# may keep for a switch interval (5 ms); and there are two cores, which the load keeps busy.
+NOTICE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,7 @@ class ActResult:
     findings: Findings
     note: str
     silence: float
+    latest_lend: float | None
     complaints: tuple[str, ...]
 
     @property
@@ -79,6 +80,8 @@ class ActResult:
             "money": self.findings.describe(),
             "adds_up": self.findings.adds_up,
             "longest_silence": round(self.silence, 3),
+            # Below 0: whoever failed held the session already when it ended.
+            "latest_lend_after_end": self.latest_lend and round(self.latest_lend, 4),
             "note": self.note,
             "ok": self.ok,
             "complaints": list(self.complaints),
@@ -125,12 +128,24 @@ def _unexcused(trouble: Trouble, permit: Permit) -> str | None:
         return "not answered in time"
     if trouble.backend is None or trouble.lent_at is None:
         return "failed: the pool gave no connection"
-    gone_at = permit.gone.get(trouble.backend, permit.all_gone_at)
-    if gone_at is None:
+    late = _lent_after_end(trouble, permit)
+    if late is None:
         return "failed though nobody had ended their session"
-    if trouble.lent_at > gone_at + permit.notice:
-        return "failed: lent a session that had ended before"
-    return None
+    return "failed: lent a session that had ended before" if late > permit.notice else None
+
+
+def _lent_after_end(trouble: Trouble, permit: Permit) -> float | None:
+    """How long after its session had gone the request was lent it; negative: it held it by then."""
+    if trouble.backend is None or trouble.lent_at is None:
+        return None
+    gone_at = permit.gone.get(trouble.backend, permit.all_gone_at)
+    return None if gone_at is None else trouble.lent_at - gone_at
+
+
+def latest_lend(tally: Tally, permit: Permit) -> float | None:
+    """The longest time after its end that a session was lent; None if none was and failed."""
+    times = (_lent_after_end(each, permit) for each in tally.troubles)
+    return max((each for each in times if each is not None), default=None)
 
 
 def _cut_by_the_kill(trouble: Trouble, permit: Permit) -> bool:
