@@ -110,6 +110,12 @@ class Link(Protocol[ConnT]):
     def set_autocommit(self, value: bool) -> None:
         """Client-side; no round trip; only while idle."""
 
+    def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Set run-time parameters for the transaction, which this begins if none is open.
+
+        One round trip (two with BEGIN); they end with the transaction. The connection is lent.
+        """
+
     def execute(self, query: Any, params: Any = None) -> Reply:
         """One statement in autocommit: one round trip. Raises the driver's errors."""
 

@@ -25,6 +25,8 @@ from penstock._drivers.psycopg3_wire import all_done, answers, ask, send
 from penstock._drivers.sockets import READ, deadline_in, point_at_null, shut_down, wait
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from psycopg.pq.abc import PGconn
 
 AnyConnection = psycopg.Connection[Any]
@@ -143,6 +145,12 @@ class Psycopg3Link:
         if results is None or not all_done(results):
             raise psycopg.OperationalError("could not learn the settings of a new session")
         self._reset = reset_message(self.handle, results[-1])
+
+    def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Set run-time parameters for this transaction only; begins one if none is open."""
+        calls = ", ".join(["pg_catalog.set_config(%s, %s, true)"] * len(settings))
+        values = [text for pair in settings.items() for text in map(_setting_text, pair)]
+        self.conn.execute(f"select {calls}", values).close()
 
     def execute(self, query: Any, params: Any = None) -> Reply:
         """One statement in autocommit: one round trip. The connection must be lent.
@@ -297,6 +305,13 @@ class Psycopg3Link:
             return self.handle.socket == self.fd
         except psycopg.Error:  # finished or broken: libpq has closed it
             return False
+
+
+def _setting_text(value: object) -> str:
+    """A setting's value as SET would take it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
 
 
 def _detached(cursor: psycopg.Cursor[Any]) -> Reply:

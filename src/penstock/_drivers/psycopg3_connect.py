@@ -237,15 +237,22 @@ def _connected(attempt: Params, until: float, tape: Tape | None) -> PGconn:
     # Should an interrupt strike before the `try`, the handle has no owner: psycopg's PGconn closes
     # its socket when it is freed.
     try:
-        if tape is not None:
-            tape.attach(handle)
-        _step_until_connected(handle, attempt, until)
+        if tape is None:
+            _step_until_connected(handle, attempt, until)
+        else:
+            _step_recorded(handle, attempt, until, tape)
     except BaseException:
-        if tape is not None:
-            handle.untrace()  # flushes; a freed handle would leave it to the exit of the process
         handle.finish()
         raise
     return handle
+
+
+def _step_recorded(handle: PGconn, attempt: Params, until: float, tape: Tape) -> None:
+    try:
+        tape.start(handle)
+        _step_until_connected(handle, attempt, until)
+    finally:
+        tape.stop(handle)
 
 
 def _step_until_connected(handle: PGconn, attempt: Params, until: float) -> None:
@@ -274,12 +281,20 @@ def _next_step(status: int) -> int:
 
 
 class Tape:
-    """What the server said during one attempt to connect, recorded by libpq's trace.
+    """What the server said during one attempt to connect.
 
     libpq keeps no SQLSTATE of a failed attempt, and the text is in the server's language; its trace
     shows the fields of the error message. A memory file, never one on disk: it may hold
     what was sent. psycopg never closes the C stream it makes for the trace: about 5 kB stay
     allocated per diagnosis, so diagnose once per outage, not once per attempt.
+
+    libpq before 18 traces errors after authentication only (3D000, 53300 of a database or role).
+    And a password that is missing is found out by libpq, so nobody sends a code. So a failure
+    after the server asked for a password, with no code, is taken for a wrong or missing one.
+
+    Attributes:
+        sqlstate: the code of the error that ended the attempt, if one was heard.
+        asked_for_password: whether the server wanted one.
     """
 
     # The server sends severity (S, translated, and V) before the code (C), and the text after it,
@@ -289,22 +304,31 @@ class Tape:
     )
 
     def __init__(self) -> None:
-        self._fd = os.memfd_create("penstock-diagnosis")
+        self.sqlstate: str | None = None
+        self.asked_for_password = False
+        self._fd = -1
 
-    def attach(self, handle: PGconn) -> None:
-        """Record what this handle hears from now on."""
+    def start(self, handle: PGconn) -> None:
+        """Record what this handle hears from now on, where that is possible."""
+        if not hasattr(os, "memfd_create"):  # not Linux; psycopg traces there only
+            return
+        self._fd = os.memfd_create("penstock-diagnosis")
         handle.trace(self._fd)
         handle.set_trace_flags(pq.Trace.SUPPRESS_TIMESTAMPS)
 
-    def close(self) -> str | None:
-        """Forget the recording; returns the code of the error that ended the attempt."""
+    def stop(self, handle: PGconn) -> None:
+        """Look at what was heard and forget it. The handle must not be freed before."""
+        self.asked_for_password = bool(handle.needs_password or handle.used_password)
+        if self._fd < 0:
+            return
+        handle.untrace()  # flushes
         try:
             heard = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         finally:
             os.close(self._fd)
         # With sslmode=prefer libpq can start twice, and the second time counts.
         error = self._ERROR.search(heard, max(0, heard.rfind(b"\tStartupMessage\t")))
-        return error[1].decode() if error else None
+        self.sqlstate = error[1].decode() if error else None
 
 
 def diagnose(error: BaseException, recipe: Recipe, seconds: float | None) -> Diagnosis:
@@ -337,39 +361,38 @@ def _diagnosis_by_trying(text: str, recipe: Recipe, deadline: float) -> Diagnosi
     params = connection_params(recipe)
     if not _are_valid_options(params):
         return Diagnosis(sqlstate=None, heals=False, text=text)
-    codes = list(_codes(params, deadline)) if hasattr(os, "memfd_create") else []
+    findings = list(_findings(params, deadline))
     # Of several servers, one that may take us in later is enough for hope; those that cannot be
     # reached are not counted (localhost is often two addresses, of which one listens).
-    for code in codes:
-        if _heals(code):
-            return Diagnosis(sqlstate=code, heals=True, text=text)
-    if codes:
-        return Diagnosis(sqlstate=codes[-1], heals=False, text=text)
+    for sqlstate, heals in findings:
+        if heals:
+            return Diagnosis(sqlstate=sqlstate, heals=True, text=text)
+    if findings:
+        return Diagnosis(sqlstate=findings[-1][0], heals=False, text=text)
     return Diagnosis(sqlstate=None, heals=True, text=text)
 
 
-def _codes(params: Params, deadline: float) -> Iterator[str]:
-    """The code that each address answers with; those that connect or say nothing are left out."""
+def _findings(params: Params, deadline: float) -> Iterator[tuple[str | None, bool]]:
+    """What each address answers: code, and whether it heals; nothing where nobody answers."""
     attempts, _ = _attempts(params)
     for index, attempt in enumerate(attempts):
-        heard = _heard(attempt, _share(params, deadline, len(attempts) - index))
-        if heard is not None:
-            yield heard
+        finding = _finding(attempt, _share(params, deadline, len(attempts) - index))
+        if finding is not None:
+            yield finding
         if monotonic() >= deadline:
             return
 
 
-def _heard(attempt: Params, until: float) -> str | None:
+def _finding(attempt: Params, until: float) -> tuple[str | None, bool] | None:
     tape = Tape()
     try:
-        handle = _connected(attempt, until, tape)
-        handle.untrace()
-        handle.finish()
-    except psycopg.Error:  # NotSupportedError, if libpq cannot trace
-        pass
-    finally:
-        code = tape.close()
-    return code
+        _connected(attempt, until, tape).finish()
+    except psycopg.Error as error:
+        if tape.sqlstate is not None:
+            return tape.sqlstate, _heals(tape.sqlstate)
+        if tape.asked_for_password and not isinstance(error, psycopg.errors.ConnectionTimeout):
+            return None, False
+    return None
 
 
 def _are_valid_options(params: Params) -> bool:

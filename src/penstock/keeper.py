@@ -1,0 +1,276 @@
+"""The keeper: one background thread per process, and connect workers on demand, for all pools.
+
+One job: run what pools ask for away from borrowers. The keeper's thread closes connections, brings
+orphaned slots home and calls pools when a tick is due; the workers open connections, several at a
+time up to `CONNECT_CONCURRENCY` per process. It sleeps until something is due: an idle process is
+never woken.
+
+It must not know: what a pool decides, what a driver does. A job is a callable; a pool is reached
+through a weak reference, so that the keeper keeps none alive.
+
+Started at first use *in this process*, never at import; daemon, so that it keeps no interpreter from
+ending. Parked around a fork, so that penstock alone makes no process multi-threaded when it forks.
+
+Locks: the inbox and the job queue are `SimpleQueue`s, whose `put` is one C call: it can be a weak
+reference's callback, run in a signal handler, and neither be interrupted nor dead-lock. `_lock`
+guards the starting and counting of threads and is never held while anything blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from typing import TYPE_CHECKING, Final
+
+from penstock import fork
+from penstock._machine.slot import SlotRef
+from penstock.clock import clock
+
+if TYPE_CHECKING:
+    import weakref
+    from collections.abc import Callable
+    from typing import Protocol
+
+    class Kept(Protocol):
+        """What a pool offers its keeper."""
+
+        def _tick(self) -> None: ...
+        def _bring_home(self, ref: SlotRef) -> None: ...
+
+    Job = Callable[[], object]
+
+#: Connections being opened at the same time, per process. A connect costs the server a fork of a
+#: process of its own and some milliseconds of CPU; more at a time do not come sooner.
+CONNECT_CONCURRENCY: Final = 16
+
+_log = logging.getLogger("penstock")
+
+
+def _stop() -> None:
+    """Told to the keeper, it ends it."""
+
+
+def _nudge() -> None:
+    """Told to the keeper, it makes it look at its timers again."""
+
+
+class Keeper:
+    """The thread, its inbox and its workers. Use `current()`; a forked child has its own."""
+
+    def __init__(self) -> None:
+        self.inbox: queue.SimpleQueue[SlotRef | Job] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._timers: dict[weakref.ref[Kept], float] = {}
+        # Until when the keeper sleeps; infinite while it is awake, so that it is nudged in vain
+        # rather than not at all.
+        self._sleeps_until = float("inf")
+        self._lock = threading.RLock()
+        self._thread: threading.Thread | None = None
+        self._workers: set[threading.Thread] = set()
+        self._parked = False
+
+    # -- what pools ask for -----------------------------------------------------------------------
+
+    def tell(self, job: Job) -> None:
+        """Run `job` in the keeper's thread, soon. It must not block."""
+        self.inbox.put(job)  # first, so that an interrupt cannot lose it
+        self.ensure_running()
+
+    def submit(self, job: Job) -> None:
+        """Run `job` in a worker. It may block."""
+        self._jobs.put(job)
+        self._ensure_worker()
+
+    def call_at(self, pool: weakref.ref[Kept], when: float) -> None:
+        """Have the pool ticked at `when`, or earlier."""
+        if when < self._timers.get(pool, float("inf")):
+            self._timers[pool] = when
+            if when < self._sleeps_until:
+                self.inbox.put(_nudge)
+        self.ensure_running()
+
+    # -- its threads ------------------------------------------------------------------------------
+
+    def ensure_running(self) -> None:
+        """Start the keeper's thread unless it runs; cheap, and repeatable after an interrupt."""
+        thread = self._thread
+        if thread is None or not thread.is_alive():
+            self._start()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._parked or (self._thread is not None and self._thread.is_alive()):
+                return
+            self._thread = threading.Thread(target=self._run, name="penstock-keeper", daemon=True)
+            _try_to_start(self._thread)
+
+    def _ensure_worker(self) -> None:
+        with self._lock:
+            self._workers = set(filter(threading.Thread.is_alive, self._workers))
+            if len(self._workers) >= CONNECT_CONCURRENCY:
+                return
+            worker = threading.Thread(target=self._work, name="penstock-connect", daemon=True)
+            self._workers.add(worker)
+            started = _try_to_start(worker)
+        if not started:  # the interpreter is ending: the keeper may still be there
+            self.inbox.put(self._work)
+
+    def park(self, seconds: float) -> None:
+        """Before a fork: end the thread for a moment. Workers that connect are not waited for."""
+        thread = self._thread
+        if thread is None or not thread.is_alive() or thread is threading.current_thread():
+            return
+        self._parked = True
+        self.inbox.put(_stop)
+        fork.wait_gone(thread, seconds)
+
+    def unpark(self) -> None:
+        """After the fork, in the parent: go on, with the same thread if it had no time to end."""
+        with self._lock:
+            was_parked, self._parked = self._parked, False
+        if was_parked:
+            self.ensure_running()
+
+    def _leave(self) -> bool:
+        """Told to stop: whether to go on all the same. Under the lock, so that unpark() knows."""
+        with self._lock:
+            if self._parked and self._thread is threading.current_thread():
+                self._thread = None
+            return not self._parked
+
+    # -- the keeper's thread ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._lap():
+            pass
+
+    def _lap(self) -> bool:
+        try:
+            return self._step()
+        except BaseException:  # noqa: BLE001  whatever strikes here, the keeper goes on
+            _log.exception("the keeper goes on after an error")
+            return True
+
+    def _step(self) -> bool:
+        item = self._next()
+        if item is _stop:
+            return self._leave()
+        if item is None:
+            self._tick_due()
+        elif isinstance(item, SlotRef):
+            _bring_home(item)
+        else:
+            item()
+        return True
+
+    def _next(self) -> SlotRef | Job | None:
+        """What to do next; None when a timer is due."""
+        self._sleeps_until = float("inf")
+        when = min(list(self._timers.values()), default=None)
+        if when is None:
+            self._sleeps_until = float("inf")
+            return self.inbox.get()
+        self._sleeps_until = when
+        try:
+            return self.inbox.get(timeout=max(0.0, when - clock()))
+        except queue.Empty:
+            return None
+
+    def _tick_due(self) -> None:
+        now = clock()
+        for ref, when in list(self._timers.items()):
+            pool = ref()
+            if pool is None or when <= now:
+                self._timers.pop(ref, None)
+            if pool is not None and when <= now:
+                _tick(pool)
+
+    # -- the workers' threads ---------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while self._work_once():
+            pass
+
+    def _work_once(self) -> bool:
+        try:
+            job = self._jobs.get_nowait()
+        except queue.Empty:
+            return self._stay()
+        try:
+            job()
+        except BaseException:  # noqa: BLE001  one job's error must not end the others
+            _log.exception("a connect worker goes on after an error")
+        return True
+
+    def _stay(self) -> bool:
+        # Under the lock: whoever puts a job in looks under it whether a worker is there.
+        with self._lock:
+            if self._jobs.empty():
+                self._workers.discard(threading.current_thread())
+                return False
+            return True
+
+
+def _try_to_start(thread: threading.Thread) -> bool:
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is ending, or the system has no thread left
+        _log.debug("a thread cannot be started", exc_info=True)
+        return False
+    return True
+
+
+def _tick(pool: Kept) -> None:
+    try:
+        pool._tick()  # noqa: SLF001  the pool's other half
+    except Exception:  # noqa: BLE001  one pool's error must not keep others from being ticked
+        _log.exception("a pool's tick failed")
+
+
+def _bring_home(ref: SlotRef) -> None:
+    pool = None if ref.home is None else ref.home()
+    if pool is not None:
+        pool._bring_home(ref)  # noqa: SLF001  the pool's other half
+
+
+# -- one per process ------------------------------------------------------------------------------
+
+_keepers: list[Keeper] = []  # one or none; a list, so that taking and giving are atomic
+
+
+def current() -> Keeper:
+    """This process's keeper; made at first use, its thread not started yet."""
+    try:
+        return _keepers[0]
+    except IndexError:
+        return _make()
+
+
+_making = [threading.RLock()]
+
+
+def _make() -> Keeper:
+    with _making[0]:
+        if not _keepers:
+            _keepers.append(Keeper())
+    fork.on_before(_park)
+    fork.on_after_in_parent(_unpark)
+    fork.on_after_in_child(_forget)
+    return _keepers[0]
+
+
+def _park(seconds: float) -> None:
+    for keeper in list(_keepers):
+        keeper.park(seconds)
+
+
+def _unpark() -> None:
+    for keeper in list(_keepers):
+        keeper.unpark()
+
+
+def _forget() -> None:
+    """In a forked child: the inherited keeper has no thread, and its lock may be held for ever."""
+    _making[0] = threading.RLock()
+    _keepers.clear()

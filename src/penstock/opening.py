@@ -1,0 +1,156 @@
+"""Opening connections for a pool: from its options to a link that is ready to be lent.
+
+One job: make a `Recipe` of a `PoolConfig` (calling the user's callables, once per connect), have the
+driver open it, run `configure`, and find out why it failed if it did.
+
+It must not know: slots, waiters, when to open and how many: the machine decides. It takes no lock;
+each call belongs to the worker that makes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from penstock._drivers.protocol import Activity, Diagnosis, Recipe
+from penstock.config import application_name
+
+if TYPE_CHECKING:
+    from penstock.config import PoolConfig
+
+#: A silent network cut sends nothing. Each only where the user set nothing: 30 + 3 x 10 s find a
+#: dead peer of an idle connection, 60 s one that does not acknowledge what we sent. Not less: 2 s
+#: killed a live peer that was merely not reading (a COPY behind a lock).
+KEEPALIVE: Final = {
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60000,
+}
+
+#: How long one attempt may take, in seconds, unless the user gave connect_timeout. It outlives the
+#: borrower who caused it, so that a slow server can be reached by impatient borrowers.
+CONNECT_SECONDS: Final = 10.0
+
+#: How long the attempt that diagnoses may take. A server that refuses does so in milliseconds.
+DIAGNOSE_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a connection could not be opened.
+
+    Attributes:
+        error: what was raised; its traceback is dropped, since it would keep frames alive.
+        heals: whether trying again can help.
+        sqlstate: the server's code, if it gave one.
+        text: one line for people, without secrets.
+    """
+
+    error: BaseException
+    heals: bool
+    sqlstate: str | None
+    text: str
+
+
+class Opener:
+    """Opens the connections of one pool."""
+
+    def __init__(self, config: PoolConfig, driver: Any, pool_name: str) -> None:
+        self._config = config
+        self._driver = driver
+        self._name = pool_name
+        # The last diagnosis and the failure that it explained: the same words again have the same
+        # reason, and need no second attempt.
+        self._known: tuple[tuple[type, str], Diagnosis] | None = None
+
+    def recipe(self) -> Recipe:
+        """What the next connect is made from."""
+        config = self._config
+        kwargs = config.kwargs() if callable(config.kwargs) else config.kwargs
+        return Recipe(
+            conninfo=config.conninfo() if callable(config.conninfo) else config.conninfo,
+            kwargs=dict(kwargs or {}),
+            connection_class=config.connection_class,
+            application_name=application_name(self._name),
+            autocommit=config.autocommit,
+            server_check_interval=config.server_check_interval,
+            keepalive=KEEPALIVE,
+            reset=config.reset,
+        )
+
+    def open(self, seconds: float = CONNECT_SECONDS) -> Any:
+        """Open and configure a link. It comes back parked, idle and remembered as it is.
+
+        Raises:
+            Exception: the driver's, or what a callable of the user raised. Nothing is left open.
+        """
+        link = self._driver.open(self.recipe(), seconds)
+        try:
+            self._configure(link)
+        except BaseException:
+            link.close()
+            raise
+        return link
+
+    def _configure(self, link: Any) -> None:
+        configure = self._config.configure
+        if configure is not None:
+            configure(link.conn)
+            if link.activity() is not Activity.IDLE:
+                raise ConfigureError(
+                    f"configure={_name_of(configure)} left the connection "
+                    f"{link.activity().value}: end with commit(), or set autocommit"
+                )
+        link.prepare()
+        if not link.park():
+            raise ConfigureError("a new connection is not idle")
+
+    def explain(self, error: BaseException) -> Failure:
+        """Find out why `open` raised `error`; may make one more attempt, which diagnoses."""
+        error = error.with_traceback(None)
+        if isinstance(error, ConfigureError) or not self._is_transient_kind(error):
+            return Failure(error, heals=False, sqlstate=None, text=_one_line(error))
+        sqlstate = getattr(error, "sqlstate", None)
+        if sqlstate is not None:  # it was connected already: `configure` raised this
+            return Failure(error, heals=True, sqlstate=sqlstate, text=_one_line(error))
+        diagnosis = self._diagnosis(error)
+        return Failure(error, diagnosis.heals, diagnosis.sqlstate, diagnosis.text)
+
+    def _is_transient_kind(self, error: BaseException) -> bool:
+        """Whether this is the server's or the network's doing; a bug in a callable is neither."""
+        return isinstance(
+            error,
+            (self._driver.operational_error, OSError, TimeoutError, *_errors_of(self._driver)),
+        )
+
+    def _diagnosis(self, error: BaseException) -> Diagnosis:
+        key = (type(error), str(error))
+        known = self._known
+        if known is not None and known[0] == key:
+            return known[1]
+        try:
+            diagnosis = self._driver.diagnose(error, self.recipe(), DIAGNOSE_SECONDS)
+        except Exception:  # noqa: BLE001  a diagnosis that fails must not hide the failure
+            diagnosis = Diagnosis(sqlstate=None, heals=True, text=_one_line(error))
+        self._known = (key, diagnosis)
+        return diagnosis
+
+
+class ConfigureError(Exception):
+    """The user's `configure` left a connection that cannot be lent."""
+
+
+def _errors_of(driver: Any) -> tuple[type[BaseException], ...]:
+    """The driver's base error class: psycopg's ProgrammingError for a bad conninfo is one of them."""
+    bases = [base for base in driver.operational_error.__mro__ if base.__name__ == "Error"]
+    return tuple(bases)
+
+
+def _name_of(call: Any) -> str:
+    return str(getattr(call, "__qualname__", None) or type(call).__qualname__)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

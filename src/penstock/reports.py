@@ -1,0 +1,233 @@
+"""What a pool tells people: errors, health, the one line of its repr. From its state alone.
+
+One job: turn the machine's values (`Refusal`, `Outage`, counts) into exceptions and texts.
+
+It must not know: threads, gates, how anything is done. It reads the machine without its lock: a
+report is a snapshot, and must not wait for what it reports on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from penstock._machine.machine import Machine, Phase, Refusal
+from penstock._machine.slot import SlotState
+from penstock.clock import clock
+from penstock.errors import (
+    Counts,
+    Hold,
+    Holder,
+    MisuseError,
+    PenstockError,
+    PoolClosed,
+    PoolTimeout,
+    ServerUnavailable,
+    TooManyRequests,
+    flavoured,
+    holder_report,
+)
+
+if TYPE_CHECKING:
+    from penstock._machine.machine import Outage
+    from penstock._machine.slot import Slot
+    from penstock.opening import Failure
+
+#: Where the holders stand is looked up at most once in so many seconds per pool: in a pile-up of
+#: time-outs every borrower would walk every stack.
+REPORT_EVERY = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """What `pool.health()` answers, for liveness and readiness probes.
+
+    Attributes:
+        live: the process itself is fine. A database that is down is no reason to restart a worker:
+            this is false only for a pool that was closed.
+        ready: the pool can serve. A pool that is merely busy is ready.
+        why: one line: the reason, free of secrets.
+        since: seconds since when it is as it is; None if nothing happened yet.
+    """
+
+    live: bool
+    ready: bool
+    why: str
+    since: float | None
+
+    def __bool__(self) -> bool:
+        return self.ready
+
+
+class Reporter:
+    """Reports on one pool."""
+
+    def __init__(self, name: str, machine: Machine, driver: Any) -> None:
+        self._name = name
+        self._machine = machine
+        self._driver = driver
+        self._holders: tuple[float, tuple[Holder, ...]] = (float("-inf"), ())
+        self.closed_at: float | None = None
+        self.opened_at: float | None = None
+
+    def counts(self) -> Counts:
+        """How many slots are in which state."""
+        counts = self._machine.count()
+        return Counts(
+            opening=counts[SlotState.OPENING],
+            idle=counts[SlotState.IDLE],
+            in_use=counts[SlotState.IN_USE],
+            pinging=counts[SlotState.PINGING],
+            closing=counts[SlotState.CLOSING],
+            max_size=self._machine.limits.max_size,
+            waiting=len(self._machine.waiting()),
+        )
+
+    def line(self, kind: str) -> str:
+        """One line that tells all: what `repr(pool)` is."""
+        counts, machine = self.counts(), self._machine
+        parts = [f"{counts.idle} idle", f"{counts.in_use} in use", f"{counts.opening} opening"]
+        parts += [f"{counts.pinging} pinging"] if counts.pinging else []
+        parts += [f"{counts.closing} closing"] if counts.closing else []
+        text = f"<{kind} {self._name!r} {machine.phase.value}: {', '.join(parts)} of "
+        text += str(counts.max_size)
+        waiting = machine.waiting()
+        if waiting:
+            longest = clock() - waiting[0].queued_at
+            text += f"; {len(waiting)} waiting, longest {longest:.1f} s"
+        outage = machine.outage
+        if outage is not None:
+            text += f"; down for {clock() - outage.since:.1f} s"
+        return text + ">"
+
+    def health(self) -> Health:
+        """Live, ready, why, since when: from state, without borrowing."""
+        machine, now = self._machine, clock()
+        if machine.phase is Phase.CLOSED:
+            since = None if self.closed_at is None else now - self.closed_at
+            return Health(live=False, ready=False, why="closed", since=since)
+        since = None if self.opened_at is None else now - self.opened_at
+        if machine.phase is Phase.NEW:
+            return Health(live=True, ready=True, why="not opened yet: nothing was tried", since=since)
+        counts, outage = self.counts(), machine.outage
+        alive = counts.idle + counts.in_use
+        if outage is not None:
+            why = f"cannot open connections: {outage.error.text}"
+            why += f"; {alive} still open" if alive else ""
+            return Health(live=True, ready=alive > 0, why=why, since=now - outage.since)
+        if not alive and not machine.tally.opened:
+            return Health(live=True, ready=True, why="no connection opened yet", since=since)
+        why = f"{counts.in_use} of {counts.max_size} in use, {counts.waiting} waiting"
+        return Health(live=True, ready=True, why=why, since=since)
+
+    # -- errors -----------------------------------------------------------------------------------
+
+    def error(self, refusal: Refusal | None, timeout: float, waited: float) -> PenstockError:
+        """Why a borrower got nothing; `refusal` None: its timeout passed. The cause is attached."""
+        machine = self._machine
+        if refusal is Refusal.CLOSED:
+            return self.closed()
+        if refusal is Refusal.TOO_MANY:
+            return self._make(
+                TooManyRequests, max_waiting=machine.limits.max_waiting, counts=self.counts()
+            )
+        if refusal is Refusal.DEADLOCK:
+            return self.deadlock()
+        outage = machine.outage
+        if outage is not None and (refusal is Refusal.UNREACHABLE or not self._any_alive()):
+            return self._unavailable(outage, waited)
+        error = self._make(
+            PoolTimeout,
+            timeout=timeout,
+            waited=waited,
+            counts=self.counts(),
+            holders=self.holders(),
+        )
+        if outage is not None:  # full, and no more can be had: say why
+            error.__cause__ = outage.error.error
+        return error
+
+    def closed(self) -> PenstockError:
+        """The pool is not open."""
+        at = self.closed_at
+        return self._make(PoolClosed, closed_seconds=None if at is None else clock() - at)
+
+    def deadlock(self) -> PenstockError:
+        """Every connection is held by somebody who waits for one, the caller among them."""
+        return self.misuse(
+            "this borrower holds a connection and asks for another, while every connection is held "
+            f"by a borrower that waits ({self.counts().in_use} of {self._machine.limits.max_size} "
+            "in use): it would wait for itself",
+            "use the connection that it has, or give it back first, or raise max_size",
+        )
+
+    def misuse(self, what: str, next_step: str) -> PenstockError:
+        """The program did something that cannot be right."""
+        return self._make(MisuseError, what=what, next_step=next_step)
+
+    def _unavailable(self, outage: Outage, waited: float) -> PenstockError:
+        failure = outage.error
+        error = self._make(
+            ServerUnavailable,
+            attempts=outage.failures,
+            down_seconds=clock() - outage.since,
+            waited=waited,
+            sqlstate=failure.sqlstate,
+            reason=failure.text,
+            heals=failure.heals,
+            counts=self.counts(),
+        )
+        error.__cause__ = failure.error
+        return error
+
+    def not_opened(self, failure: Failure | None, waited: float) -> PenstockError:
+        """A connection outside the pool could not be opened; `failure` None: not in time."""
+        if failure is None:
+            return self._make(
+                ServerUnavailable, waited=waited, reason=f"no answer within {waited:.1f} s"
+            )
+        error = self._make(
+            ServerUnavailable,
+            waited=waited,
+            sqlstate=failure.sqlstate,
+            reason=failure.text,
+            heals=failure.heals,
+        )
+        error.__cause__ = failure.error
+        return error
+
+    def _any_alive(self) -> bool:
+        counts = self.counts()
+        return counts.idle + counts.in_use + counts.pinging > 0
+
+    def _make(self, base: type[PenstockError], **fields: Any) -> PenstockError:
+        made: PenstockError = flavoured(base, self._driver)(pool=self._name, **fields)
+        return made
+
+    # -- who holds what ---------------------------------------------------------------------------
+
+    def holders(self) -> tuple[Holder, ...]:
+        """Who has had connections longest, and where they stand; looked up once a second."""
+        at, known = self._holders
+        now = clock()
+        if now - at < REPORT_EVERY:
+            return known
+        holds = [_hold(slot, now) for slot in self._machine.slots() if _is_lent(slot)]
+        found = tuple(holder_report(holds))
+        self._holders = (now, found)
+        return found
+
+    def holder_of(self, slot: Slot) -> Holder | None:
+        """Where this slot's holder stands now."""
+        found = holder_report([_hold(slot, clock())])
+        return found[0] if found else None
+
+
+def _is_lent(slot: Slot) -> bool:
+    return slot.state is SlotState.IN_USE
+
+
+def _hold(slot: Slot, now: float) -> Hold:
+    link = slot.link
+    activity = None if link is None else link.activity().value
+    return Hold(ident=slot.holder, seconds=max(0.0, now - slot.borrowed_at), activity=activity)
