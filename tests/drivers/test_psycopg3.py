@@ -27,18 +27,25 @@ from penstock._drivers.psycopg3 import Psycopg3Link, driver
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tests.wire import WireProxy
+
+    from penstock.launcher import Server
+
+    OpenLink = Callable[..., Psycopg3Link]
+
 SECONDS = 20.0  # a bound for what is expected to work
 GIVEN_BACK = "given back to its pool"
 
 
 @pytest.fixture(params=["unix", "tcp", "tls"])
-def dsn(request) -> str:
+def dsn(request: pytest.FixtureRequest) -> str:
     kind = "tls_server" if request.param == "tls" else "server"
-    return request.getfixturevalue(kind).conninfo(over=request.param)
+    running: Server = request.getfixturevalue(kind)
+    return running.conninfo(over=request.param)
 
 
 @pytest.fixture
-def open_link(server) -> Iterator[Callable[..., Psycopg3Link]]:
+def open_link(server: Server) -> Iterator[OpenLink]:
     links: list[Psycopg3Link] = []
 
     def open_link(conninfo: str | None = None, **options: Any) -> Psycopg3Link:
@@ -53,7 +60,7 @@ def open_link(server) -> Iterator[Callable[..., Psycopg3Link]]:
 
 
 @pytest.fixture
-def link(open_link) -> Psycopg3Link:
+def link(open_link: OpenLink) -> Psycopg3Link:
     link = open_link()
     link.prepare()
     return link
@@ -80,14 +87,14 @@ def deaf() -> Iterator[int]:
 # --- opening
 
 
-def test_opens_and_answers_over_every_transport(dsn, open_link) -> None:
+def test_opens_and_answers_over_every_transport(dsn: str, open_link: OpenLink) -> None:
     link = open_link(dsn)
     assert one(link, "select 1") == 1
     assert link.fd == link.conn.pgconn.socket
     assert link.activity() is Activity.IDLE
 
 
-def test_a_given_connection_class_stays_what_it_is(open_link) -> None:
+def test_a_given_connection_class_stays_what_it_is(open_link: OpenLink) -> None:
     class Mine(psycopg.Connection[Any]):
         pass
 
@@ -98,7 +105,7 @@ def test_a_given_connection_class_stays_what_it_is(open_link) -> None:
     assert "Mine" in repr(link.conn)
 
 
-def test_settings_are_those_that_connect_would_make(open_link) -> None:
+def test_settings_are_those_that_connect_would_make(open_link: OpenLink) -> None:
     class Cursor(psycopg.Cursor[Any]):
         pass
 
@@ -117,10 +124,11 @@ def test_settings_are_those_that_connect_would_make(open_link) -> None:
     assert conn.execute("select '1'::json as j").fetchone() == {"j": "mine"}
 
 
-def test_what_is_registered_globally_before_the_first_use_is_known(open_link) -> None:
+def test_what_is_registered_globally_before_the_first_use_is_known(open_link: OpenLink) -> None:
     before = psycopg.adapt.AdaptersMap(psycopg.adapters)
     link = open_link()
     loader = before.get_loader(25, psycopg.pq.Format.TEXT)
+    assert loader is not None
 
     class Loud(psycopg.adapt.Loader):
         def load(self, data: Any) -> str:
@@ -134,7 +142,7 @@ def test_what_is_registered_globally_before_the_first_use_is_known(open_link) ->
 
 
 def test_application_name_is_ours_only_if_the_user_named_none(
-    server, open_link, monkeypatch
+    server: Server, open_link: OpenLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     show = "show application_name"
     assert one(open_link(application_name="app/main/7"), show) == "app/main/7"
@@ -145,17 +153,19 @@ def test_application_name_is_ours_only_if_the_user_named_none(
     assert one(open_link(application_name="ours"), show) == "from environment"
 
 
-def test_keepalives_are_ours_only_if_the_user_set_none(server, open_link) -> None:
+def test_keepalives_are_ours_only_if_the_user_set_none(server: Server, open_link: OpenLink) -> None:
     def idle(link: Psycopg3Link) -> int:
         with socket.socket(fileno=os.dup(link.fd)) as raw:
-            return raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            return int(raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE))
 
     ours = {"keepalives_idle": 31}
     assert idle(open_link(server.conninfo(), keepalive=ours)) == 31
     assert idle(open_link(server.conninfo(keepalives_idle=47), keepalive=ours)) == 47
 
 
-def test_the_server_is_told_to_notice_dead_clients_at_one_round_trip(server, proxy) -> None:
+def test_the_server_is_told_to_notice_dead_clients_at_one_round_trip(
+    server: Server, proxy: WireProxy
+) -> None:
     def round_trips(**options: Any) -> int:
         recipe = Recipe(conninfo=server.conninfo(port=proxy.port), **options)
         with proxy.counting() as count:
@@ -166,14 +176,20 @@ def test_the_server_is_told_to_notice_dead_clients_at_one_round_trip(server, pro
 
 
 @pytest.mark.parametrize(("option", "shown"), [("", "500ms"), ("2s", "2s")])
-def test_the_check_interval_of_the_user_is_left_alone(server, open_link, option, shown) -> None:
-    extra = {"options": f"-c client_connection_check_interval={option}"} if option else {}
+def test_the_check_interval_of_the_user_is_left_alone(
+    server: Server, open_link: OpenLink, option: str, shown: str
+) -> None:
+    extra: dict[str, Any] = (
+        {"options": f"-c client_connection_check_interval={option}"} if option else {}
+    )
     link = open_link(server.conninfo(**extra))
     assert one(link, "show client_connection_check_interval") == shown
 
 
 @pytest.mark.parametrize("extra", [{}, {"connect_timeout": 1}])
-def test_a_deaf_server_costs_what_the_deadline_says_and_no_descriptor(deaf, extra) -> None:
+def test_a_deaf_server_costs_what_the_deadline_says_and_no_descriptor(
+    deaf: int, extra: dict[str, Any]
+) -> None:
     recipe = Recipe(conninfo=f"host=127.0.0.1 port={deaf}", kwargs=extra)
     before = descriptors()
     started = monotonic()
@@ -183,19 +199,24 @@ def test_a_deaf_server_costs_what_the_deadline_says_and_no_descriptor(deaf, extr
     assert descriptors() == before
 
 
-def test_every_address_gets_its_share_of_the_time(server, deaf) -> None:
+def test_every_address_gets_its_share_of_the_time(server: Server, deaf: int) -> None:
     recipe = Recipe(conninfo=f"host=127.0.0.1,127.0.0.1 port={deaf},{server.port} user=postgres")
     link = driver.open(recipe, 2.0)
     assert one(link, "select 1") == 1
     link.close()
 
 
-def test_a_host_name_is_resolved_by_python_and_stays_the_name(server, monkeypatch) -> None:
-    asked = []
+def test_a_host_name_is_resolved_by_python_and_stays_the_name(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
     real = socket.getaddrinfo
-    monkeypatch.setattr(
-        socket, "getaddrinfo", lambda host, *a, **k: asked.append(host) or real(host, *a, **k)
-    )
+
+    def recorded(host: str, *args: Any, **kwargs: Any) -> Any:
+        asked.append(host)
+        return real(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", recorded)
     recipe = Recipe(conninfo=server.conninfo(host="localhost"))
     link = driver.open(recipe, SECONDS)
     assert asked == ["localhost"]
@@ -203,7 +224,9 @@ def test_a_host_name_is_resolved_by_python_and_stays_the_name(server, monkeypatc
     link.close()
 
 
-def test_environment_names_the_host_too(server, monkeypatch, open_link) -> None:
+def test_environment_names_the_host_too(
+    server: Server, monkeypatch: pytest.MonkeyPatch, open_link: OpenLink
+) -> None:
     monkeypatch.setenv("PGHOST", "127.0.0.1")
     monkeypatch.setenv("PGPORT", str(server.port))
     monkeypatch.setenv("PGUSER", "postgres")
@@ -213,7 +236,9 @@ def test_environment_names_the_host_too(server, monkeypatch, open_link) -> None:
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_while_connecting_leaves_no_descriptor(deaf, monkeypatch, interrupt) -> None:
+def test_an_interrupt_while_connecting_leaves_no_descriptor(
+    deaf: int, monkeypatch: pytest.MonkeyPatch, interrupt: type[BaseException]
+) -> None:
     def interrupted(*_: Any) -> int:
         raise interrupt
 
@@ -224,7 +249,9 @@ def test_an_interrupt_while_connecting_leaves_no_descriptor(deaf, monkeypatch, i
     assert descriptors() == before
 
 
-def test_an_interrupt_while_setting_up_leaves_no_descriptor(server, monkeypatch) -> None:
+def test_an_interrupt_while_setting_up_leaves_no_descriptor(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -247,7 +274,7 @@ SECRET = "hunter-two-and-a-half"
         Recipe(conninfo="host=h", kwargs={"password": SECRET, "no_such": SECRET}),
     ],
 )
-def test_a_wrong_connection_string_is_told_without_its_secrets(recipe) -> None:
+def test_a_wrong_connection_string_is_told_without_its_secrets(recipe: Recipe) -> None:
     with pytest.raises(psycopg.ProgrammingError) as caught:
         driver.open(recipe, SECONDS)
     shown = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
@@ -267,7 +294,7 @@ def test_the_password_is_in_no_traceback_of_a_failed_connect() -> None:
 # --- lent and parked
 
 
-def test_a_parked_connection_raises_and_a_lent_one_works(dsn, open_link) -> None:
+def test_a_parked_connection_raises_and_a_lent_one_works(dsn: str, open_link: OpenLink) -> None:
     link = open_link(dsn, autocommit=True)
     for _ in range(3):
         assert link.park()
@@ -304,7 +331,9 @@ USES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_every_use_of_a_returned_connection_raises_and_changes_nothing(link, use) -> None:
+def test_every_use_of_a_returned_connection_raises_and_changes_nothing(
+    link: Psycopg3Link, use: str
+) -> None:
     link.conn.adapters  # noqa: B018  # made, as after a first statement
     assert link.park()
     with pytest.raises(psycopg.InterfaceError, match=GIVEN_BACK):
@@ -313,7 +342,7 @@ def test_every_use_of_a_returned_connection_raises_and_changes_nothing(link, use
     assert link.park()
 
 
-def test_a_returned_connection_looks_closed_and_can_be_closed_and_left(link) -> None:
+def test_a_returned_connection_looks_closed_and_can_be_closed_and_left(link: Psycopg3Link) -> None:
     assert link.park()
     assert link.conn.closed
     assert "BAD" in repr(link.conn)
@@ -326,7 +355,7 @@ def test_a_returned_connection_looks_closed_and_can_be_closed_and_left(link) -> 
     assert one(link, "select 1") == 1
 
 
-def test_what_was_made_before_the_return_raises_after_it(link) -> None:
+def test_what_was_made_before_the_return_raises_after_it(link: Psycopg3Link) -> None:
     conn = link.conn
     cursor = conn.cursor()
     named = conn.cursor("named")
@@ -348,7 +377,9 @@ def test_what_was_made_before_the_return_raises_after_it(link) -> None:
     assert link.ping(SECONDS)
 
 
-def test_dropped_objects_of_a_returned_connection_complain_about_nothing(open_link) -> None:
+def test_dropped_objects_of_a_returned_connection_complain_about_nothing(
+    open_link: OpenLink,
+) -> None:
     link = open_link()
     cursor = link.conn.cursor()
     cursor.execute("select 1")
@@ -361,7 +392,9 @@ def test_dropped_objects_of_a_returned_connection_complain_about_nothing(open_li
     gc.collect()  # filterwarnings = error: an unraisable exception would fail this test
 
 
-def test_a_dropped_link_ends_its_session_at_once_without_the_garbage_collector(server) -> None:
+def test_a_dropped_link_ends_its_session_at_once_without_the_garbage_collector(
+    server: Server,
+) -> None:
     gc.disable()
     try:
         link = driver.open(Recipe(conninfo=server.conninfo()), SECONDS)
@@ -375,20 +408,20 @@ def test_a_dropped_link_ends_its_session_at_once_without_the_garbage_collector(s
         gc.enable()
 
 
-def test_psycopgs_own_with_does_not_close_a_borrowed_connection(link) -> None:
+def test_psycopgs_own_with_does_not_close_a_borrowed_connection(link: Psycopg3Link) -> None:
     with link.conn as conn:
         conn.execute("create temp table t (a int)")
     assert not link.conn.closed and link.activity() is Activity.IDLE
     assert one(link, "select count(*) from t") == 0
 
 
-def test_closing_in_a_lease_ends_the_session(link) -> None:
+def test_closing_in_a_lease_ends_the_session(link: Psycopg3Link) -> None:
     link.conn.close()
     assert link.activity() is Activity.BROKEN
     assert not link.park() and not link.tidy(SECONDS) and not link.ping(SECONDS)
 
 
-def test_a_transaction_makes_it_unclean_and_tidy_rolls_it_back(link) -> None:
+def test_a_transaction_makes_it_unclean_and_tidy_rolls_it_back(link: Psycopg3Link) -> None:
     link.conn.execute("create table never (a int)")
     assert not link.park()
     assert link.activity() is Activity.IN_TRANSACTION
@@ -398,7 +431,7 @@ def test_a_transaction_makes_it_unclean_and_tidy_rolls_it_back(link) -> None:
     assert one(link, "select to_regclass('never')") is None
 
 
-def test_a_failed_transaction_is_tidied_too(link) -> None:
+def test_a_failed_transaction_is_tidied_too(link: Psycopg3Link) -> None:
     with pytest.raises(psycopg.errors.DivisionByZero):
         link.conn.execute("select 1/0")
     assert not link.park()
@@ -406,7 +439,7 @@ def test_a_failed_transaction_is_tidied_too(link) -> None:
     assert link.tidy(SECONDS)
 
 
-def test_tidy_after_prepared_statements_keeps_psycopgs_cache_right(link) -> None:
+def test_tidy_after_prepared_statements_keeps_psycopgs_cache_right(link: Psycopg3Link) -> None:
     for _ in range(3):
         for _ in range(8):
             link.conn.execute("select %s::int", (1,)).fetchall()
@@ -460,7 +493,9 @@ def visible(conn: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("used_before", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
-def test_no_client_side_setting_reaches_the_next_borrower(open_link, change, used_before) -> None:
+def test_no_client_side_setting_reaches_the_next_borrower(
+    open_link: OpenLink, change: str, used_before: bool
+) -> None:
     expected = visible(open_link().conn)
     link = open_link()
     link.prepare()
@@ -473,7 +508,7 @@ def test_no_client_side_setting_reaches_the_next_borrower(open_link, change, use
         assert visible(link.conn) == expected
 
 
-def test_what_configure_set_is_what_a_connection_goes_back_to(link) -> None:
+def test_what_configure_set_is_what_a_connection_goes_back_to(link: Psycopg3Link) -> None:
     link.conn.row_factory = dict_row
     link.conn.prepare_threshold = 9
     set_json_loads(lambda text: "configured", link.conn)
@@ -487,16 +522,16 @@ def test_what_configure_set_is_what_a_connection_goes_back_to(link) -> None:
     assert link.conn.execute("select '1'::json as j").fetchone() == {"j": "configured"}
 
 
-def test_settings_changed_in_a_transaction_are_set_back_with_it(link) -> None:
+def test_settings_changed_in_a_transaction_are_set_back_with_it(link: Psycopg3Link) -> None:
     link.conn.row_factory = dict_row
     link.conn.execute("select 1")
     assert not link.park()
     assert link.tidy(SECONDS)
     link.lend()
-    assert link.conn.row_factory is tuple_row
+    assert link.conn.execute("select 1").fetchone() == (1,)
 
 
-def test_autocommit_of_one_borrow_ends_with_it(link) -> None:
+def test_autocommit_of_one_borrow_ends_with_it(link: Psycopg3Link) -> None:
     link.set_autocommit(True)
     assert link.conn.autocommit
     assert link.park()
@@ -507,16 +542,16 @@ def test_autocommit_of_one_borrow_ends_with_it(link) -> None:
         link.set_autocommit(True)
 
 
-def test_a_statement_whose_answer_was_not_fetched_is_found(link) -> None:
+def test_a_statement_whose_answer_was_not_fetched_is_found(link: Psycopg3Link) -> None:
     link.conn.pgconn.send_query(b"select 1")
     assert not link.park()
     assert link.activity() is Activity.ACTIVE
     assert not link.tidy(SECONDS)
 
 
-def test_a_stream_and_a_copy_left_open_are_found(open_link) -> None:
+def test_a_stream_and_a_copy_left_open_are_found(open_link: OpenLink) -> None:
     link = open_link()
-    stream = link.conn.cursor().stream("select generate_series(1, 100000)")
+    stream: Any = link.conn.cursor().stream("select generate_series(1, 100000)")
     next(stream)
     assert not link.park() and not link.tidy(SECONDS)
     link.lend()
@@ -529,7 +564,7 @@ def test_a_stream_and_a_copy_left_open_are_found(open_link) -> None:
     copy.__exit__(None, None, None)
 
 
-def test_pipeline_mode_left_on_is_found_and_left(link) -> None:
+def test_pipeline_mode_left_on_is_found_and_left(link: Psycopg3Link) -> None:
     link.conn.pgconn.enter_pipeline_mode()
     assert not link.park()
     assert link.tidy(SECONDS)
@@ -545,12 +580,14 @@ def test_pipeline_mode_left_on_is_found_and_left(link) -> None:
 
 
 @pytest.mark.parametrize("block", ["transaction", "pipeline", "notifies"])
-def test_a_block_that_somebody_is_still_inside_makes_a_link_unfit(open_link, block) -> None:
+def test_a_block_that_somebody_is_still_inside_makes_a_link_unfit(
+    open_link: OpenLink, block: str
+) -> None:
     link = open_link(autocommit=True)
     if block == "notifies":
         link.conn.execute("listen c")
         link.conn.execute("notify c")
-        inside = link.conn.notifies(timeout=SECONDS)
+        inside: Any = link.conn.notifies(timeout=SECONDS)
         next(inside)
     else:
         inside = getattr(link.conn, block)()
@@ -565,7 +602,7 @@ def test_a_block_that_somebody_is_still_inside_makes_a_link_unfit(open_link, blo
     assert link.park()
 
 
-def test_leaving_blocks_properly_leaves_a_clean_link(open_link) -> None:
+def test_leaving_blocks_properly_leaves_a_clean_link(open_link: OpenLink) -> None:
     link = open_link(autocommit=True)
     with link.conn.pipeline(), link.conn.transaction():
         link.conn.execute("select 1")
@@ -577,7 +614,9 @@ def test_leaving_blocks_properly_leaves_a_clean_link(open_link) -> None:
 # --- one statement
 
 
-def test_execute_is_one_round_trip_and_keeps_the_autocommit_flag(server, proxy) -> None:
+def test_execute_is_one_round_trip_and_keeps_the_autocommit_flag(
+    server: Server, proxy: WireProxy
+) -> None:
     link = driver.open(Recipe(conninfo=server.conninfo(port=proxy.port)), SECONDS)
     with proxy.counting() as count:
         reply = link.execute("select %s::int as a", (7,))
@@ -589,7 +628,7 @@ def test_execute_is_one_round_trip_and_keeps_the_autocommit_flag(server, proxy) 
     link.close()
 
 
-def test_execute_answers_as_psycopg_shows_it(link) -> None:
+def test_execute_answers_as_psycopg_shows_it(link: Psycopg3Link) -> None:
     assert link.execute("create temp table t (a int)").rows is None
     assert link.execute("insert into t values (1), (2)").rowcount == 2
     assert link.execute("select 1; select 2").rows == [(1,)]
@@ -597,7 +636,9 @@ def test_execute_answers_as_psycopg_shows_it(link) -> None:
     assert link.execute("select 1 as a").rows == [{"a": 1}]
 
 
-def test_execute_keeps_the_flag_and_the_session_after_an_error_or_interrupt(link) -> None:
+def test_execute_keeps_the_flag_and_the_session_after_an_error_or_interrupt(
+    link: Psycopg3Link,
+) -> None:
     with pytest.raises(psycopg.errors.DivisionByZero):
         link.execute("select 1/0")
     assert not link.conn.autocommit and link.activity() is Activity.IDLE
@@ -611,14 +652,14 @@ def test_execute_keeps_the_flag_and_the_session_after_an_error_or_interrupt(link
     assert not link.conn.autocommit and link.park()
 
 
-def test_execute_refuses_to_commit_somebodys_transaction(link) -> None:
+def test_execute_refuses_to_commit_somebodys_transaction(link: Psycopg3Link) -> None:
     link.conn.execute("select 1")
     with pytest.raises(psycopg.ProgrammingError, match="transaction"):
         link.execute("select 1")
     assert link.activity() is Activity.IN_TRANSACTION
 
 
-def test_commit_commits_only_what_was_begun(server, proxy) -> None:
+def test_commit_commits_only_what_was_begun(server: Server, proxy: WireProxy) -> None:
     link = driver.open(Recipe(conninfo=server.conninfo(port=proxy.port)), SECONDS)
     with proxy.counting() as count:
         link.commit()
@@ -633,7 +674,7 @@ def test_commit_commits_only_what_was_begun(server, proxy) -> None:
 
 
 @pytest.fixture
-def frozen(server, open_link) -> Iterator[Psycopg3Link]:
+def frozen(server: Server, open_link: OpenLink) -> Iterator[Psycopg3Link]:
     """A link in a transaction whose server process is stopped: its kernel goes on acknowledging."""
     link = open_link(server.conninfo())
     link.conn.execute("select 1")
@@ -643,7 +684,7 @@ def frozen(server, open_link) -> Iterator[Psycopg3Link]:
     os.kill(pid, signal.SIGCONT)
 
 
-def test_ping_and_tidy_of_a_frozen_server_end_at_the_deadline(frozen) -> None:
+def test_ping_and_tidy_of_a_frozen_server_end_at_the_deadline(frozen: Psycopg3Link) -> None:
     assert not frozen.park()
     started = monotonic()
     assert not frozen.tidy(0.2)
@@ -651,7 +692,7 @@ def test_ping_and_tidy_of_a_frozen_server_end_at_the_deadline(frozen) -> None:
     assert frozen.activity() is Activity.ACTIVE
 
 
-def test_ping_of_a_frozen_server_ends_at_the_deadline(server, open_link) -> None:
+def test_ping_of_a_frozen_server_ends_at_the_deadline(server: Server, open_link: OpenLink) -> None:
     link = open_link(server.conninfo())
     os.kill(link.handle.backend_pid, signal.SIGSTOP)
     try:
@@ -662,7 +703,9 @@ def test_ping_of_a_frozen_server_ends_at_the_deadline(server, open_link) -> None
         os.kill(link.handle.backend_pid, signal.SIGCONT)
 
 
-def test_close_does_not_wait_for_a_server_that_reads_nothing(server, open_link) -> None:
+def test_close_does_not_wait_for_a_server_that_reads_nothing(
+    server: Server, open_link: OpenLink
+) -> None:
     link = open_link(server.conninfo())
     os.kill(link.handle.backend_pid, signal.SIGSTOP)
     pid = link.handle.backend_pid
@@ -676,7 +719,7 @@ def test_close_does_not_wait_for_a_server_that_reads_nothing(server, open_link) 
         os.kill(pid, signal.SIGCONT)
 
 
-def test_ping_works_parked_and_leaves_it_parked(dsn, open_link) -> None:
+def test_ping_works_parked_and_leaves_it_parked(dsn: str, open_link: OpenLink) -> None:
     link = open_link(dsn)
     link.park()
     assert link.ping(SECONDS)
@@ -720,7 +763,7 @@ def reset(link: Psycopg3Link) -> None:
     link.lend()
 
 
-def test_a_reset_clears_all_that_a_session_holds(dsn, open_link) -> None:
+def test_a_reset_clears_all_that_a_session_holds(dsn: str, open_link: OpenLink) -> None:
     link = open_link(dsn, reset="session")
     link.prepare()
     expected = link.execute(STATE).rows
@@ -729,7 +772,7 @@ def test_a_reset_clears_all_that_a_session_holds(dsn, open_link) -> None:
     assert link.execute(STATE).rows == expected
 
 
-def test_a_reset_keeps_what_configure_set(server, open_link) -> None:
+def test_a_reset_keeps_what_configure_set(server: Server, open_link: OpenLink) -> None:
     link = open_link(reset="session")
     for statement in (
         "set work_mem to '7MB'",
@@ -749,7 +792,7 @@ def test_a_reset_keeps_what_configure_set(server, open_link) -> None:
         assert link.execute(STATE).rows == expected
 
 
-def test_a_reset_in_an_open_transaction_ends_it(open_link) -> None:
+def test_a_reset_in_an_open_transaction_ends_it(open_link: OpenLink) -> None:
     link = open_link(reset="session")
     link.conn.execute("select 1")
     assert link.start_reset()
@@ -757,7 +800,7 @@ def test_a_reset_in_an_open_transaction_ends_it(open_link) -> None:
     assert link.activity() is Activity.IDLE
 
 
-def test_a_reset_keeps_psycopgs_prepared_statements(open_link) -> None:
+def test_a_reset_keeps_psycopgs_prepared_statements(open_link: OpenLink) -> None:
     link = open_link(reset="session", autocommit=True)
     link.prepare()
     for _ in range(12):
@@ -766,7 +809,7 @@ def test_a_reset_keeps_psycopgs_prepared_statements(open_link) -> None:
     assert one(link, "select count(*) from pg_prepared_statements where not from_sql") == 1
 
 
-def test_notifications_of_the_last_borrower_are_gone_after_a_reset(open_link) -> None:
+def test_notifications_of_the_last_borrower_are_gone_after_a_reset(open_link: OpenLink) -> None:
     link = open_link(reset="session", autocommit=True)
     link.prepare()
     link.conn.execute("listen c")
@@ -777,19 +820,22 @@ def test_notifications_of_the_last_borrower_are_gone_after_a_reset(open_link) ->
 
 
 def test_a_notice_while_a_returned_session_is_reset_reaches_handlers_without_noise(
-    open_link, caplog
+    open_link: OpenLink, caplog: pytest.LogCaptureFixture
 ) -> None:
     link = open_link(reset="session")
-    heard: list[str] = []
+    heard: list[str | None] = []
     link.conn.add_notice_handler(lambda notice: heard.append(notice.message_primary))
     link.prepare()
+    assert link._reset is not None
     link._reset += b"; do 'begin raise notice ''psst''; end'"
     reset(link)
     assert heard == ["psst"]
     assert not caplog.records
 
 
-def test_a_reset_that_fails_or_is_late_is_not_clean(frozen, open_link) -> None:
+def test_a_reset_that_fails_or_is_late_is_not_clean(
+    frozen: Psycopg3Link, open_link: OpenLink
+) -> None:
     link = open_link(reset="session")
     link._reset = b"select 1/0"
     assert link.start_reset()
@@ -800,7 +846,9 @@ def test_a_reset_that_fails_or_is_late_is_not_clean(frozen, open_link) -> None:
     assert monotonic() - started < 5
 
 
-def test_a_reset_of_a_dead_session_is_refused_or_not_clean(server, open_link) -> None:
+def test_a_reset_of_a_dead_session_is_refused_or_not_clean(
+    server: Server, open_link: OpenLink
+) -> None:
     link = open_link(reset="session")
     link.prepare()
     terminate(server, link)
@@ -810,13 +858,15 @@ def test_a_reset_of_a_dead_session_is_refused_or_not_clean(server, open_link) ->
 # --- the end of a session
 
 
-def terminate(server, link: Psycopg3Link) -> None:
+def terminate(server: Server, link: Psycopg3Link) -> None:
     """End its server process and wait until the end of the stream is here."""
     server.execute(f"select pg_terminate_backend({link.handle.backend_pid}, 10000)")
     assert select.select([link.fd], [], [], SECONDS)[0]
 
 
-def test_hung_up_sees_the_end_and_only_the_end(dsn, open_link, server, request) -> None:
+def test_hung_up_sees_the_end_and_only_the_end(
+    dsn: str, open_link: OpenLink, server: Server, request: pytest.FixtureRequest
+) -> None:
     link = open_link(dsn)
     link.park()
     assert not link.hung_up()
@@ -825,7 +875,7 @@ def test_hung_up_sees_the_end_and_only_the_end(dsn, open_link, server, request) 
     assert link.hung_up() and link.hung_up()
 
 
-def test_a_notification_is_no_hang_up(open_link) -> None:
+def test_a_notification_is_no_hang_up(open_link: OpenLink) -> None:
     link = open_link(autocommit=True)
     link.conn.execute("listen c")
     other = open_link(autocommit=True)
@@ -835,7 +885,7 @@ def test_a_notification_is_no_hang_up(open_link) -> None:
     assert link.ping(SECONDS)
 
 
-def test_close_ends_the_session_and_can_be_repeated(server, open_link) -> None:
+def test_close_ends_the_session_and_can_be_repeated(server: Server, open_link: OpenLink) -> None:
     link = open_link()
     pid = link.handle.backend_pid
     link.park()
@@ -854,7 +904,9 @@ def eventually(condition: Callable[[], bool]) -> bool:
     return True
 
 
-def test_discard_wakes_whoever_is_blocked_in_it_and_frees_nothing(dsn, open_link) -> None:
+def test_discard_wakes_whoever_is_blocked_in_it_and_frees_nothing(
+    dsn: str, open_link: OpenLink
+) -> None:
     link = open_link(dsn, autocommit=True)
     link.conn.execute("select 1")
     raised: list[BaseException] = []
@@ -876,7 +928,7 @@ def test_discard_wakes_whoever_is_blocked_in_it_and_frees_nothing(dsn, open_link
     link.discard()
 
 
-def test_discard_leaves_alone_a_stranger_with_the_same_number(link) -> None:
+def test_discard_leaves_alone_a_stranger_with_the_same_number(link: Psycopg3Link) -> None:
     ours, theirs = socket.socketpair()
     link.close()
     os.dup2(ours.fileno(), link.fd)
@@ -896,7 +948,9 @@ def leads_nowhere(fd: int) -> bool:
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_forked_child_lets_go_without_disturbing_the_parent(dsn, open_link, busy) -> None:
+def test_a_forked_child_lets_go_without_disturbing_the_parent(
+    dsn: str, open_link: OpenLink, busy: bool
+) -> None:
     link = open_link(dsn)
     link.conn.execute("create temp table mine (a int)")
     child = os.fork()
@@ -925,7 +979,7 @@ def test_a_forked_child_lets_go_without_disturbing_the_parent(dsn, open_link, bu
         ("40001", True, False),
     ],
 )
-def test_which_codes_end_a_session(sqlstate, read_write, ends) -> None:
+def test_which_codes_end_a_session(sqlstate: str, read_write: bool, ends: bool) -> None:
     error = psycopg.errors.lookup(sqlstate)("x")
     assert driver.ends_session(error, read_write=read_write) is ends
 
@@ -953,19 +1007,43 @@ def diagnosis(recipe: Recipe) -> tuple[str | None, bool]:
     return found.sqlstate, found.heals
 
 
-def test_no_such_database_and_no_such_role_do_not_heal(server) -> None:
+def test_no_such_database_and_no_such_role_do_not_heal(server: Server) -> None:
     assert diagnosis(Recipe(conninfo=server.conninfo(dbname="nowhere"))) == ("3D000", False)
     assert diagnosis(Recipe(conninfo=server.conninfo(user="nobody_here"))) == ("28000", False)
     wrong = server.conninfo(options="-c no_such_setting=1")
     assert diagnosis(Recipe(conninfo=wrong)) == ("42704", False)
 
 
-def test_over_tls_the_code_is_heard_too(tls_server) -> None:
+def test_a_wrong_and_a_missing_password_do_not_heal(
+    fresh_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hba = fresh_server.data_dir / "pg_hba.conf"
+    hba.write_text("host all checked 127.0.0.1/32 scram-sha-256\n" + hba.read_text())
+    fresh_server.execute("create role checked login password 'right'")
+    fresh_server.execute("select pg_reload_conf()")
+    right = fresh_server.conninfo(user="checked", password="right")
+    wrong = fresh_server.conninfo(user="checked", password="wrong")
+    missing = fresh_server.conninfo(user="checked", passfile=os.devnull)
+    assert eventually(lambda: refused(wrong))
+    driver.open(Recipe(conninfo=right), SECONDS).close()
+    assert diagnosis(Recipe(conninfo=wrong)) in (("28P01", False), (None, False))  # libpq 18, 17
+    assert diagnosis(Recipe(conninfo=missing)) == (None, False)
+
+
+def refused(conninfo: str) -> bool:
+    try:
+        driver.open(Recipe(conninfo=conninfo), SECONDS).close()
+    except psycopg.OperationalError:
+        return True
+    return False
+
+
+def test_over_tls_the_code_is_heard_too(tls_server: Server) -> None:
     recipe = Recipe(conninfo=tls_server.conninfo(over="tls", dbname="nowhere"))
     assert diagnosis(recipe) == ("3D000", False)
 
 
-def test_too_many_connections_heals(server) -> None:
+def test_too_many_connections_heals(server: Server) -> None:
     server.execute("create role crowded login connection limit 0")
     recipe = Recipe(conninfo=server.conninfo(user="crowded"))
     try:
@@ -974,14 +1052,14 @@ def test_too_many_connections_heals(server) -> None:
         server.execute("drop role crowded")
 
 
-def test_nobody_listening_heals(deaf) -> None:
+def test_nobody_listening_heals(deaf: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     assert diagnosis(Recipe(conninfo=f"host=127.0.0.1 port={port}")) == (None, True)
     assert diagnosis(Recipe(conninfo=f"host=/nowhere/at/all port={port}")) == (None, True)
 
 
-def test_a_timeout_heals_and_is_not_tried_again(deaf) -> None:
+def test_a_timeout_heals_and_is_not_tried_again(deaf: int) -> None:
     recipe = Recipe(conninfo=f"host=127.0.0.1 port={deaf}")
     with pytest.raises(psycopg.OperationalError) as caught:
         driver.open(recipe, 0.1)
@@ -992,7 +1070,7 @@ def test_a_timeout_heals_and_is_not_tried_again(deaf) -> None:
 
 @pytest.mark.parametrize(("code", "heals"), [("EAI_NONAME", False), ("EAI_AGAIN", True)])
 def test_an_unknown_host_name_does_not_heal_but_a_silent_resolver_does(
-    monkeypatch, code, heals
+    monkeypatch: pytest.MonkeyPatch, code: str, heals: bool
 ) -> None:
     def unresolved(*_: Any, **__: Any) -> None:
         raise socket.gaierror(getattr(socket, code), "in some language")
@@ -1051,6 +1129,9 @@ class FakeServer:
 GERMAN = "Passwort-Authentifizierung für Benutzer »u« fehlgeschlagen".encode()
 
 
+@pytest.mark.skipif(
+    psycopg.pq.version() < 180000, reason="older libpq do not trace errors before authentication"
+)
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -1062,7 +1143,9 @@ GERMAN = "Passwort-Authentifizierung für Benutzer »u« fehlgeschlagen".encode(
         (b'SFATAL\0VFATAL\0C53300\0MErrorResponse\t S "x" C "28P01"\0', ("53300", True)),
     ],
 )
-def test_the_code_decides_in_every_language(fields, expected) -> None:
+def test_the_code_decides_in_every_language(
+    fields: bytes, expected: tuple[str | None, bool]
+) -> None:
     with FakeServer(fields) as server:
         found = driver.diagnose(failure(server.recipe), server.recipe, SECONDS)
     assert (found.sqlstate, found.heals) == expected

@@ -23,9 +23,13 @@ from penstock._drivers import psycopg3_guard as guard
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from penstock.launcher import Server
+
+    Conn = psycopg.Connection[Any]
+
 
 @pytest.fixture
-def conn(server) -> Iterator[psycopg.Connection[Any]]:
+def conn(server: Server) -> Iterator[Conn]:
     with psycopg.connect(server.conninfo(over="unix")) as conn:
         yield conn
 
@@ -38,12 +42,12 @@ TRANSACTIONS = {"_tpc"}  # reset at each restore
 IDENTITY = {"pgconn", "lock", "_closed"}
 
 
-def test_a_connection_has_these_attributes_and_no_setting_that_we_do_not_know(conn) -> None:
+def test_a_connection_has_these_attributes_and_no_setting_that_we_do_not_know(conn: Conn) -> None:
     """Private: a new one may be a setting that would leak: decide, then add it above."""
     assert set(vars(conn)) == SETTINGS | CACHES | OPEN_BLOCKS | TRANSACTIONS | IDENTITY
 
 
-def test_the_settings_of_a_prepare_manager_are_two(conn) -> None:
+def test_the_settings_of_a_prepare_manager_are_two(conn: Conn) -> None:
     """Private: `prepare_threshold` and `prepared_max` live in `conn._prepared`."""
     conn.prepare_threshold = 3
     conn.prepared_max = 4
@@ -63,7 +67,7 @@ def test_public_settings_are_the_ones_we_watch() -> None:
     }
 
 
-def test_setters_store_under_the_names_that_we_watch(conn) -> None:
+def test_setters_store_under_the_names_that_we_watch(conn: Conn) -> None:
     """Private: autocommit ... are kept as `_autocommit` ..., written by plain attribute stores."""
     stored: list[str] = []
 
@@ -74,14 +78,14 @@ def test_setters_store_under_the_names_that_we_watch(conn) -> None:
 
     conn.__class__ = Recording
     conn.autocommit = True
-    conn.isolation_level = 2
+    conn.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
     conn.read_only = True
     conn.deferrable = True
     assert {"_autocommit", "_isolation_level", "_read_only", "_deferrable"} <= set(stored)
 
 
 @pytest.mark.parametrize("autocommit", [True, False])
-def test_a_statement_stores_none_of_the_watched_attributes(conn, autocommit) -> None:
+def test_a_statement_stores_none_of_the_watched_attributes(conn: Conn, autocommit: bool) -> None:
     """Private: else each lease would take the slow way at its end."""
     stored: list[str] = []
 
@@ -99,7 +103,7 @@ def test_a_statement_stores_none_of_the_watched_attributes(conn, autocommit) -> 
     assert not guard._WATCHED.intersection(stored)
 
 
-def test_blocks_show_while_one_is_inside(conn) -> None:
+def test_blocks_show_while_one_is_inside(conn: Conn) -> None:
     """Private: transaction(), pipeline() and notifies() store what `guard` takes for "inside"."""
     assert (conn._num_transactions, conn._pipeline) == (0, None)
     assert conn._notifies_backlog is not None
@@ -118,17 +122,17 @@ def test_blocks_show_while_one_is_inside(conn) -> None:
     assert conn._notifies_backlog is not None
 
 
-def test_the_lock_of_a_connection_can_be_asked(conn) -> None:
+def test_the_lock_of_a_connection_can_be_asked(conn: Conn) -> None:
     """`conn.lock` is undocumented, and a lock of threading."""
     assert isinstance(conn.lock, type(threading.Lock()))
 
 
-def test_handlers_are_lists_that_are_read_in_place(conn) -> None:
+def test_handlers_are_lists_that_are_read_in_place(conn: Conn) -> None:
     """Private: `_notice_handlers` and `_notify_handlers` are lists."""
     assert conn._notice_handlers == [] == conn._notify_handlers
 
 
-def test_begin_is_made_anew_when_its_cache_is_empty(conn) -> None:
+def test_begin_is_made_anew_when_its_cache_is_empty(conn: Conn) -> None:
     """Private: `_begin_statement` is a cache, b"" means empty."""
     conn.execute("select 1")
     assert conn._begin_statement == b"BEGIN"
@@ -136,10 +140,10 @@ def test_begin_is_made_anew_when_its_cache_is_empty(conn) -> None:
     assert conn._get_tx_start_command() == b"BEGIN"
 
 
-def test_with_leaves_a_connection_of_a_pool_open(server) -> None:
+def test_with_leaves_a_connection_of_a_pool_open(server: Server) -> None:
     """Private: `_pool`; psycopg looks only at its truth, and at `close_returns` in close()."""
     conn = psycopg.connect(server.conninfo(over="unix"))
-    conn._pool = guard.IN_POOL
+    vars(conn)["_pool"] = guard.IN_POOL
     with conn:
         pass
     assert not conn.closed
@@ -147,7 +151,7 @@ def test_with_leaves_a_connection_of_a_pool_open(server) -> None:
     assert conn.closed
 
 
-def test_everything_goes_through_the_attribute_pgconn(conn) -> None:
+def test_everything_goes_through_the_attribute_pgconn(conn: Conn) -> None:
     """`conn.pgconn` is public; that every call reads it anew is not promised.
 
     Cursors and transactions keep the handle, but wait through the connection.
@@ -170,7 +174,7 @@ def test_everything_goes_through_the_attribute_pgconn(conn) -> None:
         conn.pgconn = handle
 
 
-def test_execute_and_cursor_ask_check_connection_ok(conn) -> None:
+def test_execute_and_cursor_ask_check_connection_ok(conn: Conn) -> None:
     """Private: `_check_connection_ok` is where psycopg would say "the connection is closed"."""
     asked: list[int] = []
 
@@ -184,7 +188,7 @@ def test_execute_and_cursor_ask_check_connection_ok(conn) -> None:
     assert asked
 
 
-def test_a_connection_can_be_built_of_a_handle(server) -> None:
+def test_a_connection_can_be_built_of_a_handle(server: Server) -> None:
     """`Connection(pgconn)` is documented; that it needs nothing else to work is not."""
     handle = pq.PGconn.connect(server.conninfo(over="unix").encode())
     handle.nonblocking = 1
@@ -192,7 +196,7 @@ def test_a_connection_can_be_built_of_a_handle(server) -> None:
         assert conn.execute("select 1").fetchone() == (1,)
 
 
-def test_adapters_are_made_at_first_use_and_copied_by_each_cursor(conn) -> None:
+def test_adapters_are_made_at_first_use_and_copied_by_each_cursor(conn: Conn) -> None:
     """Private: `_adapters` is None until then; a cursor registers into a copy of its own."""
     assert conn._adapters is None
     cursor = conn.cursor()
@@ -207,10 +211,10 @@ def test_adapters_change_only_through_what_we_override() -> None:
         return {name for name in vars(cls) if not name.startswith("_")}
 
     assert public(AdaptersMap) == {
-        *("adapters", "connection", "types"),
+        *("adapters", "connection"),
         *("register_dumper", "register_loader"),
         *("get_dumper", "get_dumper_by_oid", "get_loader"),
-    } - ({"types"} - public(AdaptersMap))
+    }
     assert public(TypesRegistry) == {"add", "clear", "get", "get_oid", "get_by_subtype"}
 
 
@@ -219,12 +223,11 @@ def test_a_copied_map_of_adapters_does_not_change_with_its_template() -> None:
     template = AdaptersMap(psycopg.adapters)
     copy = AdaptersMap(template)
     before = copy.get_loader(25, pq.Format.TEXT)
-    template.register_loader("text", psycopg.types.string.TextBinaryLoader)
-    template.register_loader("text", psycopg.types.numeric.IntLoader)
+    template.register_loader("text", psycopg.types.string.ByteaLoader)
     assert copy.get_loader(25, pq.Format.TEXT) is before
 
 
-def test_rollback_forgets_prepared_statements_in_these_two_places(conn) -> None:
+def test_rollback_forgets_prepared_statements_in_these_two_places(conn: Conn) -> None:
     """Private: `_prepared.clear()` empties the cache and leaves a None in `_to_flush`."""
     conn.execute("select 1", prepare=True)
     assert conn._prepared.clear() is True
@@ -234,14 +237,14 @@ def test_rollback_forgets_prepared_statements_in_these_two_places(conn) -> None:
     conn.execute("deallocate all")
 
 
-def test_execute_reads_the_autocommit_flag_and_nothing_else(conn) -> None:
+def test_execute_reads_the_autocommit_flag_and_nothing_else(conn: Conn) -> None:
     """Private: with `_autocommit` set behind psycopg's back no BEGIN is sent."""
     vars(conn)["_autocommit"] = True
     conn.execute("select 1")
     assert conn.pgconn.transaction_status == pq.TransactionStatus.IDLE
 
 
-def test_a_notice_callback_asks_the_handle_for_this_one_name(conn) -> None:
+def test_a_notice_callback_asks_the_handle_for_this_one_name(conn: Conn) -> None:
     """Private: `pgconn._encoding` (3.3); the dead handle has it."""
     assert isinstance(conn.pgconn._encoding, str)
     assert isinstance(guard.DEAD._encoding, str)
@@ -249,12 +252,11 @@ def test_a_notice_callback_asks_the_handle_for_this_one_name(conn) -> None:
 
 def test_idle_and_off_are_zero() -> None:
     """libpq's numbers, public and stable: park() tests for truth instead of comparing."""
-    assert pq.TransactionStatus.IDLE == 0
-    assert pq.PipelineStatus.OFF == 0
-    assert pq.ConnStatus.OK == 0
+    assert not pq.TransactionStatus.IDLE
+    assert not pq.PipelineStatus.OFF
 
 
-def test_a_finished_handle_still_answers_what_park_and_discard_ask(server) -> None:
+def test_a_finished_handle_still_answers_what_park_and_discard_ask(server: Server) -> None:
     """transaction_status is UNKNOWN, pipeline_status OFF; `socket` raises OperationalError."""
     handle = pq.PGconn.connect(server.conninfo(over="unix").encode())
     handle.finish()
@@ -265,7 +267,7 @@ def test_a_finished_handle_still_answers_what_park_and_discard_ask(server) -> No
         handle.socket  # noqa: B018
 
 
-def test_a_dropped_handle_closes_its_socket(server) -> None:
+def test_a_dropped_handle_closes_its_socket(server: Server) -> None:
     """PGconn finishes itself when freed, and is freed at once: no cycle."""
     handle = pq.PGconn.connect(server.conninfo(over="unix").encode())
     gone = weakref.ref(handle)
@@ -277,14 +279,14 @@ def test_a_dropped_handle_closes_its_socket(server) -> None:
         gc.enable()
 
 
-def test_no_code_comes_with_a_failed_connect(server) -> None:
+def test_no_code_comes_with_a_failed_connect(server: Server) -> None:
     """If this fails, psycopg tells the SQLSTATE itself: drop the diagnosing attempt."""
     with pytest.raises(psycopg.OperationalError) as caught:
         psycopg.connect(server.conninfo(dbname="nowhere"))
     assert caught.value.sqlstate is None
 
 
-def test_a_column_of_a_description_does_not_hold_its_connection(server) -> None:
+def test_a_column_of_a_description_does_not_hold_its_connection(server: Server) -> None:
     """A `Reply` is detached."""
     conn = psycopg.connect(server.conninfo(over="unix"))
     description = conn.execute("select 1").description
@@ -293,4 +295,4 @@ def test_a_column_of_a_description_does_not_hold_its_connection(server) -> None:
     del conn
     gc.collect()
     assert gone() is None
-    assert description[0].name == "?column?"
+    assert description is not None and description[0].name == "?column?"
