@@ -223,7 +223,7 @@ def _try_to_start(thread: threading.Thread) -> bool:
 
 def _tick(pool: Kept) -> None:
     try:
-        pool._tick()  # noqa: SLF001  the pool's other half
+        pool._tick()
     except Exception:  # noqa: BLE001  one pool's error must not keep others from being ticked
         _log.exception("a pool's tick failed")
 
@@ -231,7 +231,7 @@ def _tick(pool: Kept) -> None:
 def _bring_home(ref: SlotRef) -> None:
     pool = None if ref.home is None else ref.home()
     if pool is not None:
-        pool._bring_home(ref)  # noqa: SLF001  the pool's other half
+        pool._bring_home(ref)
 
 
 # -- one per process ------------------------------------------------------------------------------
@@ -261,12 +261,12 @@ def _make() -> Keeper:
 
 
 def _park(seconds: float) -> None:
-    for keeper in list(_keepers):
+    for keeper in tuple(_keepers):
         keeper.park(seconds)
 
 
 def _unpark() -> None:
-    for keeper in list(_keepers):
+    for keeper in tuple(_keepers):
         keeper.unpark()
 
 

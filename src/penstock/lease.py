@@ -20,7 +20,7 @@ from __future__ import annotations
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from penstock._machine.machine import LOOK_AGAIN
+from penstock._machine.machine import IDLE, IN_USE, LOOK_AGAIN
 from penstock.clock import clock
 from penstock.fork import page
 
@@ -78,6 +78,86 @@ class Lease(Generic[ConnT]):
                     return
                 if answer == LOOK_AGAIN:  # the slot is not ours any more
                     self._pool._look_again()
+                    return
+            self._pool._give_back(slot, error)
+        except BaseException:
+            slot = None
+            raise
+
+
+class PgconnLease(Lease[ConnT]):
+    """`Lease` for links of psycopg's shape, with everything it calls written out.
+
+    Four calls less (`take`, `put`, `lend`, `park`) are 180 of 700 ns, and the difference between
+    slower and faster than a pool that never waits and never checks. The lines are the machine's and
+    the link's own: tests/machine/test_written_out.py holds that they stay the same, and the
+    interleaver steps through them as well.
+    """
+
+    __slots__ = ()
+
+    def __enter__(self) -> ConnT:
+        pool = self._pool
+        slot = None
+        try:
+            if page[0]:
+                machine = pool._machine
+                now = clock()
+                try:
+                    slot = machine._pop()
+                except IndexError:
+                    slot = None
+                else:
+                    if (
+                        slot.epoch == machine.epoch
+                        and now < slot.retire_at
+                        and now - slot.borrowed_at < machine.ping_after
+                    ):
+                        slot.holder = get_ident()
+                        slot.borrowed_at = now
+                        slot.state = IN_USE
+                    else:
+                        machine.aside.append(slot)
+                        slot = None
+            if slot is None:
+                slot = pool._borrow_slowly()
+            self._slot = slot
+            link = slot.link
+            link.attributes["pgconn"] = link.handle
+            return link.conn  # type: ignore[no-any-return]  # as above
+        except BaseException:
+            slot = self._slot = None
+            raise
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        slot = self._slot
+        self._slot = None
+        if slot is None:
+            return
+        try:
+            if exc_type is None:
+                link = slot.link
+                link.attributes["pgconn"] = link.dead
+                handle = link.handle
+                machine = self._pool._machine
+                if not (
+                    # IDLE and OFF are 0 in libpq.
+                    handle.transaction_status
+                    or handle.pipeline_status
+                    or link.touched
+                    or machine.waiters
+                    or slot.epoch != machine.epoch
+                ):
+                    slot.ref.borrows += 1  # type: ignore[union-attr]  # the epoch: it is ours
+                    slot.state = IDLE
+                    machine.idle.append(slot)
+                    if machine.waiters:
+                        self._pool._look_again()
                     return
             self._pool._give_back(slot, error)
         except BaseException:

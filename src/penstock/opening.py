@@ -130,7 +130,7 @@ class Opener:
         if known is not None and known[0] == key:
             return known[1]
         try:
-            diagnosis = self._driver.diagnose(error, self.recipe(), DIAGNOSE_SECONDS)
+            diagnosis: Diagnosis = self._driver.diagnose(error, self.recipe(), DIAGNOSE_SECONDS)
         except Exception:  # noqa: BLE001  a diagnosis that fails must not hide the failure
             diagnosis = Diagnosis(sqlstate=None, heals=True, text=_one_line(error))
         self._known = (key, diagnosis)

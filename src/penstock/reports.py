@@ -108,7 +108,9 @@ class Reporter:
             return Health(live=False, ready=False, why="closed", since=since)
         since = None if self.opened_at is None else now - self.opened_at
         if machine.phase is Phase.NEW:
-            return Health(live=True, ready=True, why="not opened yet: nothing was tried", since=since)
+            return Health(
+                live=True, ready=True, why="not opened yet: nothing was tried", since=since
+            )
         counts, outage = self.counts(), machine.outage
         alive = counts.idle + counts.in_use
         if outage is not None:
