@@ -29,9 +29,12 @@ if TYPE_CHECKING:
 
     from tests.wire import WireProxy
 
+    from penstock._drivers.protocol import Driver
     from penstock.launcher import Server
 
     OpenLink = Callable[..., Psycopg3Link]
+
+    conforming: Driver[psycopg.Connection[Any]] = driver  # to the protocol, for mypy to see
 
 SECONDS = 20.0  # a bound for what is expected to work
 GIVEN_BACK = "given back to its pool"
@@ -667,6 +670,32 @@ def test_commit_commits_only_what_was_begun(server: Server, proxy: WireProxy) ->
     link.conn.execute("create temp table kept (a int)")
     link.commit()
     assert link.park()
+    link.close()
+
+
+@pytest.mark.parametrize("autocommit", [False, True])
+def test_settings_hold_for_the_transaction_and_end_with_it(
+    server: Server, proxy: WireProxy, autocommit: bool
+) -> None:
+    recipe = Recipe(
+        conninfo=server.conninfo(port=proxy.port),
+        autocommit=autocommit,
+        kwargs={"cursor_factory": psycopg.RawCursor},
+    )
+    link = driver.open(recipe, SECONDS)
+    with proxy.counting() as count:
+        link.apply_settings({"app.user": "o'brien", "work_mem": "3MB", "app.number": 7})
+    assert count.round_trips == 2
+    query = "select current_setting('app.user'), current_setting('work_mem')"
+    assert link.conn.execute(query).fetchone() == ("o'brien", "3MB")
+    link.conn.execute("create temp table kept (a int)")
+    link.commit()
+    assert link.park()
+    link.lend()
+    assert one(link, "select coalesce(current_setting('app.user', true), '')") == ""
+    assert one(link, "show work_mem") != "3MB"
+    link.apply_settings({})
+    assert link.activity() is Activity.IDLE
     link.close()
 
 
