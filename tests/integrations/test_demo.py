@@ -18,7 +18,6 @@ from typing import Any
 import psycopg
 import pytest
 
-import penstock
 from penstock.cli import acts, bank_pools, command_line, ledger
 from penstock.cli.bank_tables import create_bank
 from penstock.cli.ledger import Findings, Transfer
@@ -26,9 +25,6 @@ from penstock.cli.load import Outcome, Tally, Trouble
 from penstock.cli.verdict import Permit, complaints
 from penstock.launcher import Server
 
-needs_penstock = pytest.mark.skipif(
-    not hasattr(penstock, "ConnectionPool"), reason="penstock.ConnectionPool has not landed yet"
-)
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/cwd").exists(), reason="looks for processes in /proc"
 )
@@ -121,13 +117,12 @@ def in_all_acts(account: dict[str, Any], what: str) -> int:
     return sum(act[what] for act in account["acts"])
 
 
-@needs_penstock
 @needs_proc
 @pytest.mark.parametrize("mode", ["--no-preload", "--preload"])
 def test_with_penstock_nothing_is_wrong_or_lost_in_any_act(
     demo_in_folder: StartDemo, mode: str
 ) -> None:
-    account = account_of(demo_in_folder(mode, "--seconds=1.5"), timeout=60)
+    account = account_of(demo_in_folder(mode, "--seconds=1"), timeout=60)
     assert account["ok"], account
     assert in_all_acts(account, "wrong") == in_all_acts(account, "lost") == 0
     assert len(account["acts"]) == 5

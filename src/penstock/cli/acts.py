@@ -113,7 +113,7 @@ def _end_sessions(scene: Scene) -> Permit:
     ended = terminate_all(scene.conninfo)
     ended_at = time.monotonic()
     scene.after()
-    note = f"{len(ended.gone)} sessions ended, {ended.busy} of them at work"
+    note = f"{len(ended.gone)} sessions ended, {ended.busy} of them at work just before"
     return Permit(ended_at, gone=ended.gone, note=note)
 
 
@@ -132,7 +132,7 @@ def _restart_database(scene: Scene) -> Permit:
     back_at = time.monotonic()
     scene.after()
     note = (
-        f"{len(sessions)} sessions ended, {busy} of them at work;"
+        f"{len(sessions)} sessions ended, {busy} of them at work just before;"
         f" the database was away for {back_at - begun:.1f} s"
     )
     # A session opened since the list was made: it had gone when the server had.

@@ -107,7 +107,7 @@ def open_pool(kind: str, conninfo: str) -> Till:
 def _penstock(conninfo: str) -> PoolInUse:
     from penstock import ConnectionPool  # noqa: PLC0415  (only the pool in question is imported)
 
-    pool = ConnectionPool(
+    pool: ConnectionPool[Any] = ConnectionPool(
         conninfo, min_size=MIN_SIZE, max_size=MAX_SIZE, timeout=TIMEOUT, name="bank"
     )
 

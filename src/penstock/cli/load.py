@@ -35,7 +35,7 @@ TRANSFERS = 0.3  # the rest reads balances
 # over one that has just been started.
 HANG_UPS = 1 / 30
 # Longer than the pool's patience: what the service has to say about it arrives in time.
-PATIENCE = 10.0
+PATIENCE = 8.0
 
 
 class Outcome(Enum):

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
     from penstock.cli.ledger import Findings
 
-# A pool hears of a session's end as soon as one of its threads gets the interpreter, which another thread
-# may keep for a switch interval (5 ms); and there are two cores, which the load keeps busy.
-NOTICE = 0.01
+# A pool hears of a session's end as soon as one of its threads gets a core, which the load keeps busy,
+# and then the interpreter, which another thread may keep for a switch interval (5 ms). Seen on two busy
+# cores: up to 11 ms for penstock; 20 to 70 ms for a pool that does not listen. An act that leaves time
+# to hear of it grants none of this.
+NOTICE = 0.03
 
 
 @dataclass(frozen=True, slots=True)
