@@ -19,6 +19,7 @@ from psycopg.pq import ConnStatus, ExecStatus, PipelineStatus, TransactionStatus
 
 from penstock._drivers import psycopg3_connect as connecting
 from penstock._drivers.protocol import Activity, Diagnosis, Recipe, Reply
+from penstock._drivers.psycopg3_diagnose import diagnose
 from penstock._drivers.psycopg3_guard import DEAD, Settings, equip, is_inside_block, watched
 from penstock._drivers.psycopg3_reset import LEARN, reset_message
 from penstock._drivers.psycopg3_wire import all_done, answers, ask, send
@@ -381,7 +382,7 @@ class Psycopg3Driver:
         A certificate that fails verification, and a missing certificate file, cannot be told from
         a network error without reading text: they count as failures that heal.
         """
-        return connecting.diagnose(error, recipe, seconds)
+        return diagnose(error, recipe, seconds)
 
     def ends_session(self, error: BaseException, *, read_write: bool) -> bool:
         """Whether `error`, raised in a lease, means that this and older sessions are not to be trusted.

@@ -1,0 +1,179 @@
+"""Why a server could not be connected to, told by codes and never by text.
+
+It must not know: connections, links, settings of sessions. It makes attempts of its own through
+`psycopg3_connect` and closes what they open.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+import psycopg
+from psycopg import pq
+from psycopg.conninfo import make_conninfo
+
+from penstock._drivers.protocol import Diagnosis
+from penstock._drivers.psycopg3_connect import (
+    Params,
+    attempts_of,
+    connected,
+    connection_params,
+    share_of,
+)
+from penstock._drivers.sockets import deadline_in
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from psycopg.pq.abc import PGconn
+
+    from penstock._drivers.protocol import Recipe
+
+# Classes of SQLSTATE at start-up that do not go away by waiting: 28 authentication, 3D no such
+# database, 42 (42501: the role may not connect; 42704: unknown setting), 22 (a setting's value is
+# refused), 0A (feature not supported). Others heal: 53300 too many clients, 57P03 starting up, 08.
+_LASTING: Final = ("28", "3D", "42", "22", "0A")
+
+# A name that does not exist. Linux tells "no such name" from "no address of this name".
+_NO_SUCH_NAME: Final = tuple(
+    getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") if hasattr(socket, name)
+)
+
+
+class Tape:
+    """What the server said during one attempt to connect.
+
+    libpq keeps no SQLSTATE of a failed attempt, and the text is in the server's language; its trace
+    shows the fields of the error message. A memory file, never one on disk: it may hold
+    what was sent. psycopg never closes the C stream it makes for the trace: about 5 kB stay
+    allocated per diagnosis, so diagnose once per outage, not once per attempt.
+
+    libpq before 18 traces errors after authentication only (3D000, 53300 of a database or role).
+    And a password that is missing is found out by libpq, so nobody sends a code. So a failure
+    after the server asked for a password, with no code, is taken for a wrong or missing one.
+
+    Attributes:
+        sqlstate: the code of the error that ended the attempt, if one was heard.
+        asked_for_password: whether the server wanted one.
+    """
+
+    # The server sends severity (S, translated, and V) before the code (C), and the text after it,
+    # so that text cannot pass for a code. Tab-separated: direction, length, message, fields.
+    _ERROR = re.compile(
+        rb'^B\t\d+\tErrorResponse\t(?: [SV] "[^"\n]*")* C "([0-9A-Z]{5})"', re.MULTILINE
+    )
+
+    def __init__(self) -> None:
+        self.sqlstate: str | None = None
+        self.asked_for_password = False
+        self._fd = -1
+
+    def start(self, handle: PGconn) -> None:
+        """Record what this handle hears from now on, where that is possible."""
+        if not hasattr(os, "memfd_create"):  # not Linux; psycopg traces there only
+            return
+        self._fd = os.memfd_create("penstock-diagnosis")
+        handle.trace(self._fd)
+        handle.set_trace_flags(pq.Trace.SUPPRESS_TIMESTAMPS)
+
+    def stop(self, handle: PGconn) -> None:
+        """Look at what was heard and forget it. The handle must not be freed before."""
+        self.asked_for_password = bool(handle.needs_password or handle.used_password)
+        if self._fd < 0:
+            return
+        handle.untrace()  # flushes
+        try:
+            heard = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        finally:
+            os.close(self._fd)
+        # With sslmode=prefer libpq can start twice, and the second time counts.
+        error = self._ERROR.search(heard, max(0, heard.rfind(b"\tStartupMessage\t")))
+        self.sqlstate = error[1].decode() if error else None
+
+
+def diagnose(error: BaseException, recipe: Recipe, seconds: float | None) -> Diagnosis:
+    """Tell why an attempt to connect raised `error`; takes one more attempt where that can help."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    sqlstate = getattr(error, "sqlstate", None)
+    if sqlstate is not None:
+        return Diagnosis(sqlstate=sqlstate, heals=_heals(sqlstate), text=text)
+    if isinstance(error, psycopg.ProgrammingError) or _names_nothing(error):
+        return Diagnosis(sqlstate=None, heals=False, text=text)
+    if not isinstance(error, psycopg.OperationalError) or isinstance(
+        error, psycopg.errors.ConnectionTimeout
+    ):  # another attempt would only be late again
+        return Diagnosis(sqlstate=None, heals=True, text=text)
+    return _diagnosis_by_trying(text, recipe, deadline_in(seconds))
+
+
+def _names_nothing(error: BaseException) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, UnicodeError) or (
+        isinstance(cause, socket.gaierror) and cause.errno in _NO_SUCH_NAME
+    )
+
+
+def _heals(sqlstate: str) -> bool:
+    return not sqlstate.startswith(_LASTING)
+
+
+def _diagnosis_by_trying(text: str, recipe: Recipe, deadline: float) -> Diagnosis:
+    params = connection_params(recipe)
+    if not _are_valid_options(params):
+        return Diagnosis(sqlstate=None, heals=False, text=text)
+    findings = list(_findings(params, deadline))
+    # Of several servers, one that may take us in later is enough for hope; those that cannot be
+    # reached are not counted (localhost is often two addresses, of which one listens).
+    for sqlstate, heals in findings:
+        if heals:
+            return Diagnosis(sqlstate=sqlstate, heals=True, text=text)
+    if findings:
+        return Diagnosis(sqlstate=findings[-1][0], heals=False, text=text)
+    return Diagnosis(sqlstate=None, heals=True, text=text)
+
+
+def _findings(params: Params, deadline: float) -> Iterator[tuple[str | None, bool]]:
+    """What each address answers: code, and whether it heals; nothing where nobody answers."""
+    attempts, _ = attempts_of(params)
+    for index, attempt in enumerate(attempts):
+        finding = _finding(attempt, share_of(params, deadline, len(attempts) - index))
+        if finding is not None:
+            yield finding
+        if monotonic() >= deadline:
+            return
+
+
+def _finding(attempt: Params, until: float) -> tuple[str | None, bool] | None:
+    tape = Tape()
+    try:
+        connected(attempt, until, tape).finish()
+    except psycopg.Error as error:
+        if tape.sqlstate is not None:
+            return tape.sqlstate, _heals(tape.sqlstate)
+        if tape.asked_for_password and not isinstance(error, psycopg.errors.ConnectionTimeout):
+            return None, False
+    return None
+
+
+def _are_valid_options(params: Params) -> bool:
+    """Whether libpq takes these options, found without reading its text.
+
+    It checks them before it opens a socket. So it is pointed at a listening socket of our own: an
+    attempt that is over at once was never begun. Nothing is sent.
+    """
+    try:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=1)
+    except OSError:  # no loopback here: then it cannot be told
+        return True
+    with listener:
+        port = listener.getsockname()[1]
+        probe = {**params, "host": "127.0.0.1", "hostaddr": "127.0.0.1", "port": port}
+        handle = pq.PGconn.connect_start(make_conninfo("", **probe).encode())
+        try:
+            return handle.status != pq.ConnStatus.BAD
+        finally:
+            handle.finish()
