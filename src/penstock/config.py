@@ -19,7 +19,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypedDict, get_origin
 
 from penstock.errors import ConfigError
 
@@ -159,7 +159,10 @@ class PoolConfig:
         else:
             self._check(kwargs is None or callable(kwargs), "kwargs",
                         "a mapping, a callable that returns one, or None")  # fmt: skip
-        self._check(self.connection_class is None or isinstance(self.connection_class, type),
+        # Connection[DictRow] is a help for type checkers; the class behind it is what connects
+        connection_class = get_origin(self.connection_class) or self.connection_class
+        object.__setattr__(self, "connection_class", connection_class)
+        self._check(connection_class is None or isinstance(connection_class, type),
                     "connection_class", "a class or None")  # fmt: skip
         if isinstance(self.driver, str):
             self._check(self.driver.strip(), "driver", "a driver's name")
@@ -221,6 +224,37 @@ class PoolConfig:
         return (
             repr(value) if isinstance(value, (bool, int, float, str, type(None))) else _kind(value)
         )
+
+
+class Options(TypedDict, total=False):
+    """The options that `ConnectionPool` takes by name, for type checkers; see `PoolConfig`.
+
+    `conninfo` and `connection_class` are parameters of its own. tests/typing holds that this is the
+    same list as PoolConfig's.
+    """
+
+    kwargs: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None
+    driver: str | Driver[Any]
+    min_size: int
+    max_size: int
+    name: str | None
+    timeout: float | None
+    max_waiting: int
+    max_lifetime: float | None
+    max_idle: float | None
+    ping_after: float | None
+    reconnect_timeout: float | None
+    reconnect_failed: Callable[[Any], object] | None
+    overdue_after: float | None
+    order: Literal["lifo", "fifo"]
+    autocommit: bool
+    configure: Callable[[Any], object] | None
+    check: Callable[[Any], object] | None
+    reset: Literal["rollback", "session"] | Callable[[Any], object] | None
+    on_borrow: Callable[[Any], object] | None
+    server_check_interval: float | None
+    read_write: bool
+    open: bool
 
 
 OPTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(PoolConfig))

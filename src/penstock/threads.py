@@ -27,7 +27,7 @@ import weakref
 from contextlib import contextmanager, suppress
 from functools import partial
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast, overload
 
 from penstock import _drivers, fork, keeper, watch
 from penstock._drivers.protocol import Activity
@@ -46,8 +46,13 @@ from penstock.result import Result
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
+    from typing import Unpack
+
+    import psycopg
+    from psycopg.rows import TupleRow
 
     from penstock._machine.tally import Stats
+    from penstock.config import Options
     from penstock.opening import Failure
 
 ConnT = TypeVar("ConnT")
@@ -88,6 +93,24 @@ class ConnectionPool(Generic[ConnT]):
         ConfigError: an option is wrong; nothing was opened.
         DriverNotFoundError: the driver's library is not installed.
     """
+
+    @overload
+    def __init__(
+        self: ConnectionPool[psycopg.Connection[TupleRow]],
+        conninfo: str | Callable[[], str] = "",
+        *,
+        connection_class: None = None,
+        **options: Unpack[Options],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        conninfo: str | Callable[[], str] = "",
+        *,
+        connection_class: type[ConnT],
+        **options: Unpack[Options],
+    ) -> None: ...
 
     def __init__(
         self,
