@@ -11,28 +11,51 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
+from penstock import lease as lease_module
 from penstock._machine import machine as machine_module
 from penstock._machine import slot as slot_module
 from penstock._machine.machine import LOOK_AGAIN, SLOWLY, Machine, Refusal, Verdict, Waiter
 from penstock._machine.orders import Close, Open, Order
 from penstock._machine.policy import Limits
 from penstock._machine.slot import Reason, Slot, SlotRef, SlotState
+from penstock.clock import clock
 from tests.machine.interleaver import Interleaver, SimGate, SimLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-WATCHED = (machine_module.__file__, slot_module.__file__)
+    from penstock.lease import Lease
+
+WATCHED = (machine_module.__file__, slot_module.__file__, lease_module.__file__)
+
+
+class FakeHandle:
+    """A libpq handle that is always at rest."""
+
+    transaction_status = 0
+    pipeline_status = 0
 
 
 class FakeLink:
-    """A connection that knows who has it."""
+    """A connection that knows who has it; of psycopg's shape, so that every lease can use it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.conn = self
+        self.attributes: dict[str, object] = {"pgconn": None}
+        self.handle = FakeHandle()
+        self.dead = None
+        self.touched: set[str] = set()
         self.holder: str | None = None
         self.closed = False
         self.generation = 0
+
+    def lend(self) -> None:
+        self.attributes["pgconn"] = self.handle
+
+    def park(self) -> bool:
+        self.attributes["pgconn"] = self.dead
+        return True
 
 
 class Pond:
@@ -55,7 +78,7 @@ class Pond:
         self.served = 0
         self.timed_out = 0
         self.borrowers = 0
-        self.now = 0.0
+        self.now = clock()  # leases read the real one
         self.carry_out(self.machine.open(self.now))
 
     # -- borrowers --------------------------------------------------------------------------------
@@ -72,6 +95,36 @@ class Pond:
                 self.give_back(slot)
                 del slot
         self.borrowers -= 1
+
+    def lease(self, kind: type[Lease[FakeLink]], times: int) -> None:
+        """What a borrower does in a program: `with pool.connection() as conn`."""
+        for _ in range(times):
+            lease = kind()
+            lease._pool = self  # type: ignore[assignment]  # all of a pool that a lease needs
+            with lease as link:
+                assert link.attributes["pgconn"] is link.handle
+                self.touch(link)
+        self.borrowers -= 1
+
+    @property
+    def _machine(self) -> Machine:
+        return self.machine
+
+    def _borrow_slowly(self) -> Slot:
+        slot = self.wait_for_slot(may_time_out=False)
+        assert slot is not None
+        return slot
+
+    def _give_back(self, slot: Slot, error: BaseException | None) -> None:
+        assert error is None, error
+        with self.lock:
+            orders = self.machine.returned(slot, self.now, Verdict.CLEAN)
+        self.carry_out(orders)
+
+    def _look_again(self) -> None:
+        with self.lock:
+            orders = self.machine.look_again(self.now)
+        self.carry_out(orders)
 
     def wait_for_slot(self, *, may_time_out: bool) -> Slot | None:
         gate = SimGate(self.sim)
@@ -98,9 +151,11 @@ class Pond:
             return None
 
     def use(self, slot: Slot) -> None:
-        me = threading.current_thread().name
-        link = slot.link
         assert slot.state is SlotState.IN_USE, slot.state
+        self.touch(slot.link)
+
+    def touch(self, link: FakeLink) -> None:
+        me = threading.current_thread().name
         assert link.holder is None, f"connection {link.number} lent to {link.holder} and {me}"
         assert not link.closed, "a closed connection was lent"
         link.holder = me
@@ -113,13 +168,9 @@ class Pond:
     def give_back(self, slot: Slot) -> None:
         answer = self.put(self.machine, slot)
         if answer == LOOK_AGAIN:
-            with self.lock:
-                orders = self.machine.look_again(self.now)
-            self.carry_out(orders)
+            self._look_again()
         elif answer == SLOWLY:
-            with self.lock:
-                orders = self.machine.returned(slot, self.now, Verdict.CLEAN)
-            self.carry_out(orders)
+            self._give_back(slot, None)
 
     # -- keeper -----------------------------------------------------------------------------------
 
@@ -189,12 +240,13 @@ def run_schedule(
     *,
     put: Callable[[Machine, Slot], int] = Machine.put,
     crowded: bool = False,
+    lease: type[Lease[FakeLink]] | None = None,
     watched: tuple[str, ...] = WATCHED,
 ) -> Pond:
     """One seeded history: borrowers, a keeper, and something that disturbs them.
 
     `crowded`: three or four patient borrowers on one connection and no disturbance, where the
-    windows of `put` are met most often.
+    windows of `put` are met most often. `lease`: borrow by this class instead of `take` and `put`.
     """
     sim = Interleaver(seed, *watched)
     rng = sim.random
@@ -206,9 +258,10 @@ def run_schedule(
     impatient = not crowded and rng.random() < 0.5
     for number in range(pond.borrowers):
         times = 3 if crowded else rng.choice([1, 2, 3])
-        sim.spawn(
-            partial(pond.borrow_and_return, times, may_time_out=impatient), f"borrower-{number}"
-        )
+        work: Callable[[], None] = partial(pond.borrow_and_return, times, may_time_out=impatient)
+        if lease is not None:
+            work = partial(pond.lease, lease, times)
+        sim.spawn(work, f"borrower-{number}")
     sim.spawn(pond.keep, "keeper")
     if not crowded:
         what = rng.choice([pond.condemn_one, pond.drain, pond.tick, lambda: None])

@@ -6,6 +6,7 @@ import pytest
 
 from penstock._machine.machine import DONE, LOOK_AGAIN, SLOWLY, Machine
 from penstock._machine.slot import Slot, SlotState
+from penstock.lease import Lease, PgconnLease
 from tests.machine.pond import WATCHED, run_schedule
 
 
@@ -21,6 +22,13 @@ def test_no_connection_is_lent_twice_and_nobody_is_forgotten_in_any_schedule(see
     print(f"{len(seeds)} schedules from seed {seeds[0]}: {served} served, {timed_out} timed out")
     assert served > len(seeds)
     assert timed_out > 0
+
+
+@pytest.mark.parametrize("lease", [Lease, PgconnLease])
+@pytest.mark.parametrize("crowded", [False, True])
+def test_the_leases_that_users_hold_are_right_in_any_schedule(seeds, lease, crowded):
+    for seed in seeds[: len(seeds) // 3]:
+        run_schedule(seed, lease=lease, crowded=crowded)
 
 
 def put_with_two_answers(machine: Machine, slot: Slot) -> int:
