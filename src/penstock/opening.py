@@ -16,6 +16,8 @@ from penstock._drivers.protocol import Activity, Diagnosis, Recipe
 from penstock.config import application_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from penstock.config import PoolConfig
 
 #: A silent network cut sends nothing. Each only where the user set nothing: 30 + 3 x 10 s find a
@@ -96,7 +98,7 @@ class Opener:
     def _configure(self, link: Any) -> None:
         configure = self._config.configure
         if configure is not None:
-            configure(link.conn)
+            _call_configure(configure, link.conn)
             if link.activity() is not Activity.IDLE:
                 raise ConfigureError(
                     f"configure={_name_of(configure)} left the connection "
@@ -109,20 +111,20 @@ class Opener:
     def explain(self, error: BaseException) -> Failure:
         """Find out why `open` raised `error`; may make one more attempt, which diagnoses."""
         error = error.with_traceback(None)
-        if isinstance(error, ConfigureError) or not self._is_transient_kind(error):
-            return Failure(error, heals=False, sqlstate=None, text=_one_line(error))
-        sqlstate = getattr(error, "sqlstate", None)
-        if sqlstate is not None:  # it was connected already: `configure` raised this
-            return Failure(error, heals=True, sqlstate=sqlstate, text=_one_line(error))
+        if isinstance(error, ConfigureError):
+            return self._explain_configure(error)
         diagnosis = self._diagnosis(error)
         return Failure(error, diagnosis.heals, diagnosis.sqlstate, diagnosis.text)
 
-    def _is_transient_kind(self, error: BaseException) -> bool:
-        """Whether this is the server's or the network's doing; a bug in a callable is neither."""
-        return isinstance(
-            error,
-            (self._driver.operational_error, OSError, TimeoutError, *_errors_of(self._driver)),
-        )
+    def _explain_configure(self, error: ConfigureError) -> Failure:
+        """The session was there: what failed is the user's code, or what it asked of the server."""
+        cause = error.__cause__
+        if cause is None:
+            return Failure(error, heals=False, sqlstate=None, text=str(error))
+        # A bug stays one however often it is tried; the server may be of another mind later.
+        heals = isinstance(cause, (self._driver.operational_error, OSError))
+        text = f"{error}: {_one_line(cause)}"
+        return Failure(cause.with_traceback(None), heals, getattr(cause, "sqlstate", None), text)
 
     def _diagnosis(self, error: BaseException) -> Diagnosis:
         key = (type(error), str(error))
@@ -138,13 +140,14 @@ class Opener:
 
 
 class ConfigureError(Exception):
-    """The user's `configure` left a connection that cannot be lent."""
+    """The user's `configure` raised (its cause), or left a connection that cannot be lent."""
 
 
-def _errors_of(driver: Any) -> tuple[type[BaseException], ...]:
-    """The driver's base error class: psycopg's ProgrammingError for a bad conninfo is one of them."""
-    bases = [base for base in driver.operational_error.__mro__ if base.__name__ == "Error"]
-    return tuple(bases)
+def _call_configure(configure: Callable[[Any], object], conn: Any) -> None:
+    try:
+        configure(conn)
+    except Exception as error:
+        raise ConfigureError(f"configure={_name_of(configure)} raised") from error
 
 
 def _name_of(call: Any) -> str:
