@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from penstock.cli.server_sessions import list_sessions, terminate_all, watch_go
-from penstock.cli.verdict import Permit
+from penstock.cli.verdict import NOTICE, Permit
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable
 
     from penstock.cli.load import Load
+    from penstock.cli.worker_report import WorkerReport
 
 # The share of an act's time that passes before its deed.
 BEFORE = 0.35
@@ -45,7 +46,7 @@ class Scene:
 
     Attributes:
         conninfo: of the bank's database.
-        workers: the pids of gunicorn's workers that live.
+        workers: gunicorn's workers that live, by their last reports.
         wait: waits so many seconds; raises when the demo is interrupted.
     """
 
@@ -54,7 +55,7 @@ class Scene:
     load: Load
     seconds: float
     chance: random.Random
-    workers: Callable[[], list[int]]
+    workers: Callable[[], list[WorkerReport]]
     wait: Callable[[float], None]
 
     def before(self) -> None:
@@ -83,7 +84,7 @@ def _calm(scene: Scene) -> Permit:
 
 def _kill_a_worker(scene: Scene) -> Permit:
     scene.before()
-    workers = scene.workers()
+    workers = [report.pid for report in scene.workers()]
     worker = scene.chance.choice(scene.load.in_use_of(workers) or workers)
     clients = scene.load.clients_of(worker)
     os.kill(worker, signal.SIGKILL)
@@ -100,12 +101,26 @@ def _end_idle_sessions(scene: Scene) -> Permit:
     while gate.inside:
         scene.wait(0.002)
     ended = terminate_all(scene.conninfo)
+    _let_every_worker_run(scene)
     gate.release()
     released_at = time.monotonic()
     scene.after()
     # Nobody held one, and all had gone before anybody asked again: their end excuses nobody.
     note = f"{len(ended.gone)} sessions ended, none of them in use"
     return Permit(released_at, gone=ended.gone, notice=0.0, note=note)
+
+
+def _let_every_worker_run(scene: Scene) -> None:
+    """Wait until each worker has had the processor since: on a busy machine that takes a while.
+
+    The system tells a process of a session's end in microseconds, but nobody can listen who does not
+    run. A pool that does not listen gains nothing by this.
+    """
+    noticed_at = time.monotonic() + NOTICE
+    for _ in range(400):  # 2 s; a worker that does not report by then has other troubles
+        if all(report.at > noticed_at for report in scene.workers()):
+            return
+        scene.wait(0.005)
 
 
 def _end_sessions(scene: Scene) -> Permit:

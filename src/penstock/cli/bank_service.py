@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,8 @@ def create_app() -> Flask:
         return response
 
     def measure() -> WorkerReport:
-        return WorkerReport(os.getpid(), *till.figures(), served.total, *till.wait_percentiles())
+        now, pid = time.monotonic(), os.getpid()
+        return WorkerReport(now, pid, *till.figures(), served.total, *till.wait_percentiles())
 
     add_routes(app, till)
     app.add_url_rule("/stats", view_func=lambda: jsonify(asdict(measure())))

@@ -12,7 +12,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -24,8 +23,8 @@ from penstock.cli.interruption import InterruptedBySignal, Interruption
 from penstock.cli.load import Load
 from penstock.cli.screen import MODES, Screen, summary_line
 from penstock.cli.server_sessions import OBSERVER, SessionWatch
-from penstock.cli.verdict import ActResult, complaints, latest_lend
-from penstock.cli.worker_report import read_reports
+from penstock.cli.verdict import ActResult, complaints, latest_lend, unexcused
+from penstock.cli.worker_report import WorkerReport, read_reports
 from penstock.launcher import LauncherError, Server
 
 if TYPE_CHECKING:
@@ -114,9 +113,9 @@ class Service:
     port: int
     reports: Path
 
-    def workers(self) -> list[int]:
-        """The pids of the workers that live."""
-        return [report.pid for report in read_reports(self.reports)]
+    def workers(self) -> list[WorkerReport]:
+        """How the workers are that live."""
+        return read_reports(self.reports)
 
 
 class Demo:
@@ -161,7 +160,7 @@ class Demo:
     def _perform_mode(self, stage: Stage, *, preload: bool) -> list[ActResult]:
         acts = [act for act in ACTS if act.name in self._plan.acts]
         with self._open_service(stage, preload=preload) as service:
-            self._screen.watch(partial(read_reports, service.reports), lambda: stage.watch.groups)
+            self._screen.watch(service.workers, lambda: stage.watch.groups)
             results = [self._perform_act(act, stage, service) for act in acts]
             self._screen.show_workers()
             self._screen.unwatch()
@@ -215,6 +214,7 @@ class Demo:
             silence=tally.longest_silence(begun, ended),
             latest_lend=latest_lend(tally, permit),
             complaints=complaints(tally, findings, permit),
+            unexcused=unexcused(tally, permit),
         )
         self._screen.finish(result)
         return result

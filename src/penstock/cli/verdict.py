@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from penstock.cli.load import Outcome, Tally, Trouble
@@ -60,6 +61,7 @@ class ActResult:
     silence: float
     latest_lend: float | None
     complaints: tuple[str, ...]
+    unexcused: tuple[dict[str, Any], ...]
 
     @property
     def ok(self) -> bool:
@@ -87,8 +89,27 @@ class ActResult:
             "note": self.note,
             "ok": self.ok,
             "complaints": list(self.complaints),
+            "unexcused": list(self.unexcused),
             "errors": dict(Counter(each.text for each in self.tally.troubles).most_common(20)),
         }
+
+
+def unexcused(tally: Tally, permit: Permit) -> tuple[dict[str, Any], ...]:
+    """The first twenty failures that nothing excuses, with all that is known of each."""
+    found = (each for each in tally.troubles if _unexcused(each, permit))
+    return tuple(
+        {
+            "reason": _unexcused(each, permit),
+            "error": each.text,
+            "status": each.status,
+            "worker": each.worker,
+            "backend": each.backend,
+            "lent_after_end": _lent_after_end(each, permit),
+            "lent_after_act_was_over": each.lent_at and each.lent_at - permit.over_at,
+            "seen_to_go": each.backend in permit.gone,
+        }
+        for each in islice(found, 20)
+    )
 
 
 def complaints(tally: Tally, findings: Findings, permit: Permit) -> tuple[str, ...]:

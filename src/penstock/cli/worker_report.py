@@ -1,4 +1,4 @@
-"""How each worker tells the demo how it is: a small file per process, replaced four times a second.
+"""How each worker tells the demo how it is: a small file per process, replaced ten times a second.
 
 Files, because a question over HTTP reaches whichever worker happens to take it, and one that is
 busy or dead could not answer. When nobody is left to read them, because the demo was killed without
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-INTERVAL = 0.25
+INTERVAL = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """One worker at one moment; waits in seconds."""
+    """One worker at one moment (`at`, by `time.monotonic`); waits in seconds."""
 
+    at: float
     pid: int
     idle: int
     in_use: int
