@@ -27,10 +27,12 @@ lint: $(VENV)/lint.stamp  ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(PY)
 
 bench: $(VENV)/bench.stamp  ## speed, as ratios against peers in the same run
 	$(PY) bench/hot_path.py $(ARGS)
+	$(PY) bench/round_trips.py
+	$(PY) bench/contention.py
 
 clean:
 	rm -rf $(VENV)
