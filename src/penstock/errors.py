@@ -411,7 +411,8 @@ def flavoured(base: type[PenstockError], driver: ErrorSource) -> type[Any]:
     """Give the class that is both `base` and the driver's own error.
 
     `MisuseError` becomes also the driver's `InterfaceError` (retry decorators must not retry a
-    bug), all others its `OperationalError`; both ``except penstock.PoolTimeout`` and ``except
+    bug), all others its `OperationalError`, but for `ConfigError`, which no connection is part of
+    and no retry can heal: it stays as it is. Both ``except penstock.PoolTimeout`` and ``except
     psycopg.OperationalError`` catch it. Cached; typed loosely because the constructor is `base`'s.
 
     Args:
@@ -421,6 +422,8 @@ def flavoured(base: type[PenstockError], driver: ErrorSource) -> type[Any]:
     Returns:
         The class to raise; `base` itself where the two cannot be combined. Never raises.
     """
+    if issubclass(base, ConfigError):
+        return base
     interface = issubclass(base, MisuseError)
     return _flavour(
         base, driver.name, driver.interface_error if interface else driver.operational_error
