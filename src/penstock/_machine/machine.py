@@ -71,6 +71,11 @@ DONE: Final = 0
 LOOK_AGAIN: Final = 1
 SLOWLY: Final = 2
 
+#: Seconds after which a closed or drained pool looks for what a `put` under way left behind.
+LOOK_ONCE_MORE: Final = 1.0
+#: Seconds after which, at the latest, a pool in use looks for what is too old, or too many.
+LOOK_LATER: Final = 60.0
+
 IN_USE: Final = SlotState.IN_USE
 IDLE: Final = SlotState.IDLE
 
@@ -296,8 +301,9 @@ class Machine:
         slot = waiter.slot
         if slot is not None:
             waiter.slot = None
-            self._settle(slot, now, orders)
-        elif timed_out:
+            if self._has(slot):  # else it is of before a fork: the parent's
+                self._settle(slot, now, orders)
+        if timed_out and waiter.refusal is None:
             self.tally.timeouts += 1
         return orders + self.look_again(now)
 
@@ -318,10 +324,11 @@ class Machine:
             self._end(slot, Reason.UNANSWERED, orders)
         self._doubt()
         waiter.slot = None
-        waiter.refusal = Refusal.CLOSED if self.phase is not Phase.OPEN else None
-        if waiter.refusal is None:
-            self.waiters[waiter.ticket] = weakref.ref(waiter)
-            self.waiters.move_to_end(waiter.ticket, last=False)
+        if self.phase is Phase.OPEN:
+            self._requeue(waiter)
+        else:
+            waiter.refusal = Refusal.CLOSED
+            self.tally.refused += 1
         return orders + self.look_again(now)
 
     def returned(
@@ -442,6 +449,8 @@ class Machine:
         orders: list[Order] = []
         closed = self.phase is Phase.CLOSED
         self._end_idles(Reason.POOL_CLOSED if closed else Reason.DRAINED, orders)
+        # A `put` that had compared the epochs just before may append just after: look once more.
+        self._arm_for(now + LOOK_ONCE_MORE, now, orders)
         return orders + self.look_again(now)
 
     def resize(self, min_size: int, max_size: int, now: float) -> list[Order]:
@@ -449,7 +458,9 @@ class Machine:
         self.limits = _with_sizes(self.limits, min_size, max_size)
         orders: list[Order] = []
         self._end_surplus(orders)
-        return orders + self.look_again(now)
+        orders += self.look_again(now)
+        self._arm(now, orders)
+        return orders
 
     def forked(self) -> list[tuple[Any, bool]]:
         """In a forked child: forget everything; the inherited links, and whether each was in use."""
@@ -560,6 +571,13 @@ class Machine:
                 return waiter
         return None
 
+    def _requeue(self, waiter: Waiter) -> None:
+        """Put a waiter back to where he was in the queue: behind those who came before him."""
+        self.waiters[waiter.ticket] = weakref.ref(waiter)
+        for ticket in sorted(self.waiters, reverse=True):
+            if ticket <= waiter.ticket:
+                self.waiters.move_to_end(ticket, last=False)
+
     def _give(self, slot: Slot, waiter: Waiter, now: float) -> None:
         slot.holder = waiter.owner
         waiter.slot = slot  # from here on it is the waiter's
@@ -620,7 +638,7 @@ class Machine:
         if reason is not None:
             self._end(slot, reason, orders)
             return
-        if slot.reset_pending:
+        if slot.reset_pending and slot.state is IN_USE:
             slot.move(Move.DOUBT)  # whoever gets it reads the answer first
         waiter = self._first_waiter(now)
         if slot.state is SlotState.PINGING:
@@ -653,9 +671,7 @@ class Machine:
             orders.append(Open(slot))
 
     def _should_open(self, now: float, orders: list[Order]) -> bool:
-        if self.phase is not Phase.OPEN or len(self.refs) >= self.limits.max_size:
-            return False
-        if not self._wants_more():
+        if not self._may_grow():
             return False
         outage = self.outage
         if outage is None:
@@ -668,7 +684,10 @@ class Machine:
         orders.append(TickAt(due))
         return False
 
-    def _wants_more(self) -> bool:
+    def _may_grow(self) -> bool:
+        """Whether one more connection is wanted, and allowed."""
+        if self.phase is not Phase.OPEN or len(self.refs) >= self.limits.max_size:
+            return False
         if len(self.opening) < len(self.waiters):
             return True
         # Nobody waits. Before the first connection of all, open one and see: a wrong password is
@@ -695,8 +714,9 @@ class Machine:
         outage.next_for_nobody = now + delay(waited_for=False)
         outage.next_for_waiters = now + delay(waited_for=True)
         if not heals:
-            outage.next_for_waiters = outage.next_for_nobody = now + UNHEALABLE_DELAY
-            if not self._alive():
+            outage.next_for_waiters = now + UNHEALABLE_DELAY
+            outage.next_for_nobody = max(outage.next_for_nobody, outage.next_for_waiters)
+            if not self._connected():
                 self._refuse_all(Refusal.UNREACHABLE, now)
         orders: list[Order] = []
         self._report_outage(now, orders)
@@ -714,7 +734,7 @@ class Machine:
             return Refusal.CLOSED
         outage = self.outage
         hopeless = outage is not None and not outage.heals and now < outage.next_for_waiters
-        if hopeless and not self._alive():
+        if hopeless and not self._connected():
             return Refusal.UNREACHABLE
         if 0 < self.limits.max_waiting <= len(self.waiters) and (
             len(self.waiting()) >= self.limits.max_waiting
@@ -736,10 +756,10 @@ class Machine:
             slot.state is IN_USE and not slot.loose and slot.holder in waiting for slot in slots
         )
 
-    def _alive(self) -> bool:
-        """Whether there is a connection that somebody could still give back, or ping."""
+    def _connected(self) -> int:
+        """How many connections there are that somebody could still give back, or ping."""
         counts = self.count()
-        return any(counts[state] for state in (IDLE, IN_USE, SlotState.PINGING))
+        return counts[IDLE] + counts[IN_USE] + counts[SlotState.PINGING]
 
     def _refuse_all(self, refusal: Refusal, now: float) -> None:
         while (waiter := self._first_waiter(now)) is not None:
@@ -778,17 +798,13 @@ class Machine:
 
     def _end_old(self, now: float, orders: list[Order]) -> None:
         """Retire and shrink, from the cold end."""
+        spare = self._connected() - self.limits.min_size
         for slot in self._cold_first():
             reason = self._unfit(slot, now)
-            if reason is None and self._may_shrink(slot, now, orders):
+            if reason is None and spare > 0 and now >= slot.borrowed_at + self.limits.max_idle:
                 reason = Reason.SHRUNK
-            if reason is not None:
-                self._end_idle(slot, reason, orders)
-
-    def _may_shrink(self, slot: Slot, now: float, orders: list[Order]) -> bool:
-        leaving = sum(isinstance(order, Close) for order in orders)
-        remaining = len(self.refs) - leaving
-        return remaining > self.limits.min_size and now - slot.borrowed_at >= self.limits.max_idle
+            if reason is not None and self._end_idle(slot, reason, orders):
+                spare -= 1
 
     def _end_surplus(self, orders: list[Order]) -> None:
         """After resize(): end idle ones at once, condemn as many in use as are still too many."""
@@ -825,39 +841,44 @@ class Machine:
 
     def _warn_overdue(self, now: float, orders: list[Order]) -> None:
         for slot in self.slots():
-            held = now - slot.borrowed_at
-            if slot.state is not IN_USE or held < self.limits.overdue_after:
+            # Compared as `_due_times` computes it, so that no tick comes a rounding error early.
+            if slot.state is not IN_USE or now < slot.borrowed_at + self.limits.overdue_after:
                 slot.told = False
             elif not slot.told:
                 slot.told = True
-                orders.append(Overdue(slot, held))
+                orders.append(Overdue(slot, now - slot.borrowed_at))
 
     def _arm(self, now: float, orders: list[Order]) -> None:
         """Order the next tick, unless an earlier one is ordered: an idle pool wakes nobody."""
-        due = max(min(self._due_times(now), default=float("inf")), now)
-        if due < self.armed:
+        due = min(self._due_times(now), default=float("inf"))
+        self._arm_for(max(due, now), now, orders)
+
+    def _arm_for(self, due: float, now: float, orders: list[Order]) -> None:
+        # A tick whose time has passed may have been lost to an interrupt, with the list it was in.
+        if due < self.armed or self.armed < now:
             self.armed = due
             orders.append(TickAt(due))
 
     def _due_times(self, now: float) -> Iterator[float]:
         limits = self.limits
-        shrinkable = len(self.refs) > limits.min_size
-        used_lately = False
+        shrinkable = self._connected() > limits.min_size
+        look_later = False
         for slot in self.slots():
-            used_lately = used_lately or now - slot.borrowed_at < self.ping_after
             if slot.state is IDLE:
                 yield slot.retire_at
                 if shrinkable:
                     yield slot.borrowed_at + limits.max_idle
+                # Borrowing does not tell us, and is to be found overdue. Once all were idle for
+                # ping_after, the next borrow comes the slow way and does.
+                look_later = look_later or now - slot.borrowed_at < self.ping_after
             elif slot.state is IN_USE and not slot.told:
-                used_lately = False
                 yield slot.borrowed_at + limits.overdue_after
-        if used_lately:
-            # Borrowing does not tell us. Once all were idle for ping_after, the next borrow comes
-            # the slow way and does.
-            yield now + limits.overdue_after
+            # Giving back does not tell us either, and then it is to be retired or shrunk.
+            look_later = look_later or slot.state in {IN_USE, SlotState.PINGING}
+        if look_later:
+            yield now + min(limits.overdue_after, LOOK_LATER)
         outage = self.outage
-        if outage is not None and self.phase is Phase.OPEN and not self.opening:
+        if outage is not None and not self.opening and self._may_grow():
             yield outage.next_for_waiters if self.waiters else outage.next_for_nobody
 
 
