@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from penstock.cli.ledger import Findings
 
 # A pool hears of a session's end as soon as one of its threads gets a core, which the load keeps busy,
-# and then the interpreter, which another thread may keep for a switch interval (5 ms). Seen on two busy
-# cores: up to 11 ms for penstock; 20 to 70 ms for a pool that does not listen. An act that leaves time
-# to hear of it grants none of this.
-NOTICE = 0.03
+# and then the interpreter, which another thread may keep for a switch interval (5 ms). Seen for penstock
+# on two cores: before the end or up to 11 ms after it; 36 ms with five times as much to run as there were
+# cores. A pool that does not listen is caught in the idle act, which leaves all workers time to hear.
+NOTICE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
