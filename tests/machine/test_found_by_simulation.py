@@ -190,3 +190,17 @@ def test_who_leaves_with_an_unread_reset_in_his_hands_passes_it_on():
     machine.give_up(leaving, 1.0, timed_out=False)
     assert next_one.slot is slot
     assert slot.state is SlotState.PINGING
+
+
+def test_a_connection_that_was_given_and_never_touched_is_no_proof_of_life():
+    machine = machine_with(min_size=0, max_size=2)
+    machine.open(0.0)
+    suspicious, _ = open_one(machine, 0.0, owner=1)
+    slot, waiter = open_one(machine, 0.0, owner=2)
+    waiter.slot = slot  # given, and not touched
+    machine.returned(suspicious, 1.0, Verdict.BROKEN, suspect=True)
+    next_one = Waiter(3, list)
+    machine.queue_up(next_one, 1.0)
+    machine.give_up(waiter, 1.0, timed_out=False)
+    assert next_one.slot is slot
+    assert slot.state is SlotState.PINGING, "it was to be pinged first: the other's end casts doubt"

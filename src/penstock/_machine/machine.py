@@ -302,7 +302,7 @@ class Machine:
         if slot is not None:
             waiter.slot = None
             if self._has(slot):  # else it is of before a fork: the parent's
-                self._settle(slot, now, orders)
+                self._pass_on(slot, now, orders)
         if timed_out and waiter.refusal is None:
             self.tally.timeouts += 1
         return orders + self.look_again(now)
@@ -631,6 +631,12 @@ class Machine:
             return 0
         counts = self.count()
         return sum(counts.values()) - counts[SlotState.CLOSING] - self.limits.max_size
+
+    def _pass_on(self, slot: Slot, now: float, orders: list[Order]) -> None:
+        """Settle a slot that nobody has touched: a doubt that came up since it was given stands."""
+        if slot.state is IN_USE and slot.epoch != self.epoch:
+            slot.move(Move.DOUBT)
+        self._settle(slot, now, orders)
 
     def _settle(self, slot: Slot, now: float, orders: list[Order]) -> None:
         """Bring a slot that we own to where it belongs: the first waiter, its place, or its end."""
