@@ -83,6 +83,10 @@ class World:
         self.condemned: list[weakref.ref[Slot]] = []  # by the watcher; the keeper will hear
         self.inherited: list[FakeLink] = []  # the parent's, after a fork
         self.abandoned: list[FakeLink] = []  # those of them that the machine knew of
+        self.left: list[Waiter] = []  # who gave up may live on: in a traceback that somebody keeps
+        self.spoiled: list[FakeLink] = []  # given back broken or unclean: never to be lent again
+        self.doubtful: list[FakeLink] = []  # in doubt: not to be lent without a ping
+        self.dropped = 0  # slots that a step dropped, and that are not home yet
         self.bound = limits.max_size
         self.reported = 0
         self._start_counting()
@@ -106,6 +110,7 @@ class World:
         slot = self.machine.take(self.now, owner)
         if slot is not None:
             slot.loose = loose
+            self._check_fit(slot)
             self._lease(slot)
             return
         seat = Seat(owner)
@@ -122,6 +127,7 @@ class World:
         assert slot.state is SlotState.IN_USE, f"lent while {slot.state}"
         if slot.link not in self.inherited:
             assert self.machine._has(slot), "a slot that is not the pool's was lent"
+        assert slot.link not in self.spoiled, "a connection was lent that was given back unusable"
         slot.link.lend()
         self.leases.append(Lease(slot))
         self.borrowed += 1
@@ -152,11 +158,13 @@ class World:
         answered = slot.link.finish_reset(1.0) if slot.reset_pending else slot.link.ping(1.0)
         slot.reset_pending = False
         if answered:
+            self._trust(slot.link)
             self._take_on(self.machine.pinged(slot, self.now))
             self._lease_of(seat)
             return
         seat.seen, seat.woken = False, 0
         self.seats.append(seat)
+        self._doubt_all()
         self._take_on(self.machine.ping_failed(slot, seat.waiter, self.now))
         if seat.waiter.refusal is not None:
             seat.woken += 1  # he is awake: nobody has to wake him
@@ -166,7 +174,12 @@ class World:
         ours = self.machine._has(slot)
         slot.link.park()
         slot.loose = False
-        if verdict is Verdict.CLEAN:
+        if suspect:
+            self._doubt_all()
+        if verdict is not Verdict.CLEAN:
+            self.spoiled.append(slot.link)
+        else:
+            self._trust(slot.link)
             self.returned += ours
             slot.reset_pending = reset
             if not reset and not suspect:
@@ -181,6 +194,12 @@ class World:
         elif answer != DONE:
             self._take_on(self.machine.returned(slot, self.now, Verdict.CLEAN))
 
+    def _doubt_all(self) -> None:
+        self.doubtful = [ref.link for ref in self.machine.refs.values() if ref.link is not None]
+
+    def _trust(self, link: FakeLink) -> None:
+        self.doubtful = [other for other in self.doubtful if other is not link]
+
     def give_up(self, index: int, *, timed_out: bool) -> None:
         """The timeout passed, perhaps just after a slot or a refusal came; or he was cancelled."""
         waiter = self.seats.pop(index).waiter
@@ -188,18 +207,23 @@ class World:
             self.refused += 1
         elif timed_out:
             self.timeouts += 1
+        self.left = [waiter]
         self._take_on(self.machine.give_up(waiter, self.now, timed_out=timed_out))
 
     def kill_waiter(self, index: int) -> None:
         """Without a word, with whatever he was given."""
         seat = self.seats.pop(index)
         self.refused += seat.waiter.refusal is not None
+        self._expect_orphan(seat.waiter.slot)
 
     def kill_pinger(self, index: int) -> None:
-        del self.pings[index]
+        self._expect_orphan(self.pings.pop(index).waiter.slot)
 
     def drop_lease(self, index: int) -> None:
-        del self.leases[index]
+        self._expect_orphan(self.leases.pop(index).slot)
+
+    def _expect_orphan(self, slot: Slot | None) -> None:
+        self.dropped += slot is not None and self.machine._has(slot)
 
     # -- the keeper -------------------------------------------------------------------------------
 
@@ -256,12 +280,14 @@ class World:
         flight = self.flights[index]
         # A Close for a link that is not the pool's any more would leave it to Python to end it.
         if flight.result is None and self.machine._has(flight.order.slot):
+            self.dropped += 1
             del self.flights[index]
 
     def bring_home(self, *, twice: bool) -> None:
         ref = self.orphans.popleft()
-        if self.machine.refs.get(ref.serial) is ref and ref.link is not None:
-            self.orphaned += 1
+        if self.machine.refs.get(ref.serial) is ref:
+            self.dropped -= 1
+            self.orphaned += ref.link is not None
         self._take_on(self.machine.bring_home(ref, self.now))
         if twice:
             assert self.machine.bring_home(ref, self.now) == []
@@ -339,6 +365,7 @@ class World:
         self.server.sessions.clear()
         self.alarms.clear()
         self.orphans.clear()  # a new sink, with the new machinery
+        self.dropped = 0
         if not greenlets:
             self.flights.clear()
             self.seats.clear()
@@ -409,6 +436,7 @@ class World:
         assert slot.state in {SlotState.IN_USE, SlotState.PINGING}
         if slot.state is SlotState.IN_USE:
             assert slot.epoch == machine.epoch, "a connection in doubt was lent without a ping"
+            assert slot.link not in self.doubtful, "a connection in doubt was lent without a ping"
             assert not slot.reset_pending, "a connection was lent with a reset under way"
 
     def _holders(self) -> tuple[bool, set[int], set[int]]:
@@ -468,6 +496,7 @@ class World:
         assert ours == alive, "a slot is in no place"
         dead = {serial for serial, ref in self.machine.refs.items() if ref() is None}
         assert dead <= {ref.serial for ref in self.orphans}, "a slot was lost"
+        assert len(dead) == self.dropped, "the machine itself dropped a slot"
 
     def _check_links(self) -> None:
         held = {id(ref.link) for ref in self.machine.refs.values()}
