@@ -287,10 +287,12 @@ class ConnectionPool(Generic[ConnT]):
             if autocommit is not None:
                 link.set_autocommit(autocommit)
             yield link.conn
+            _notice_fork()  # a commit here would be on the parent's session
             link.commit()
         finally:
-            self._dedicated.pop(id(link), None)
-            link.close()
+            _notice_fork()
+            if self._dedicated.pop(id(link), None) is not None:  # else it is the parent's
+                link.close()
 
     # -- the pool's life --------------------------------------------------------------------------
 
@@ -307,8 +309,7 @@ class ConnectionPool(Generic[ConnT]):
             ServerUnavailable: with `wait`, no connection could be opened. The pool stays open.
             PoolTimeout: with `wait`, not all of them could be opened in time.
         """
-        if not fork.page[0]:
-            fork.noticed()
+        _notice_fork()
         self._open()
         if wait:
             self._wait_until_open(self._seconds(timeout))
@@ -322,6 +323,7 @@ class ConnectionPool(Generic[ConnT]):
             timeout: seconds to wait for lent connections to come back. After that the pool is
                 closed all the same, with a warning, and they are closed when they come back.
         """
+        _notice_fork()  # else it would end the parent's sessions
         with self._lock:
             was_open = self._machine.phase is Phase.OPEN
             orders = self._machine.close(clock())
@@ -340,6 +342,7 @@ class ConnectionPool(Generic[ConnT]):
 
         For new credentials, a new address, a changed search_path of the role.
         """
+        _notice_fork()
         with self._lock:
             orders = self._machine.drain(clock())
         self._carry_out(orders)
@@ -354,6 +357,7 @@ class ConnectionPool(Generic[ConnT]):
         Raises:
             ConfigError: not ``0 <= min_size <= max_size``, or max_size below 1.
         """
+        _notice_fork()
         max_size = min_size if max_size is None else max_size
         self._config = self._config.replace(min_size=min_size, max_size=max_size)
         with self._lock:
@@ -380,21 +384,23 @@ class ConnectionPool(Generic[ConnT]):
 
     def stats(self) -> Stats:
         """A snapshot of the pool's figures."""
+        _notice_fork()
         return self._machine.stats(self.name, clock())
 
     def health(self) -> Health:
         """Whether the pool can serve, why not, and since when: from its state, in microseconds."""
+        _notice_fork()
         return self._reporter.health()
 
     def __repr__(self) -> str:
+        _notice_fork()
         return self._reporter.line(type(self).__name__)
 
     # -- a borrow that finds nothing idle ---------------------------------------------------------
 
     def _borrow_slowly(self, timeout: float | None = None) -> Slot:
         """A slot that may be used as it is, in use by the calling thread; or an error."""
-        if not fork.page[0]:
-            fork.noticed()
+        _notice_fork()
         if self._machine.phase is Phase.NEW and self._config.open:
             self._open()
         seconds = self._seconds(timeout)
@@ -536,8 +542,7 @@ class ConnectionPool(Generic[ConnT]):
         `error` is what leaves the block; None commits. Raises what the commit raises, after the
         slot has gone back.
         """
-        if not fork.page[0]:
-            fork.noticed()  # a commit here would be on the parent's session
+        _notice_fork()  # a commit here would be on the parent's session
         failure: Exception | None = None
         try:
             if error is None:
@@ -817,8 +822,7 @@ class ConnectionPool(Generic[ConnT]):
         return max(0.0, timeout)
 
     def _open_dedicated(self, seconds: float) -> Any:
-        if not fork.page[0]:
-            fork.noticed()
+        _notice_fork()
         if self._machine.phase is Phase.CLOSED:
             raise self._reporter.closed()
         opening = _Opening(self._opener, seconds)
@@ -894,6 +898,12 @@ class _Opening:
         with self._lock:
             self._given_up = True
             return None if self._answer.empty() else self._answer.get_nowait()
+
+
+def _notice_fork() -> None:
+    """In a child that ran no at-fork hook: let go of what was inherited, before touching it."""
+    if not fork.page[0]:
+        fork.noticed()
 
 
 def _has_global_lock() -> bool:
