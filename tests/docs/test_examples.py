@@ -1,0 +1,207 @@
+"""What README and docs show is what happens: each fenced Python block is run on a real PostgreSQL.
+
+The blocks of one page share a namespace, as a reader would type them. A ```text block that directly
+follows a ```python block is what that one prints; figures may differ. ```console blocks name targets
+of the Makefile.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import io
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from penstock import ConnectionPool, PoolConfig
+from penstock.errors import _STEPS
+from tests.docs.pages import PAGES, ROOT, blocks, links, name_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from penstock.launcher import Server
+
+LANGUAGES = {"python", "text", "console", "mermaid", "toml"}
+PLACEHOLDER = re.compile(r"postgresql://app@db/(\w+)")
+TABLES = """
+    drop table if exists orders;
+    create table orders (id int primary key, state text not null, total numeric not null);
+    insert into orders values (1, 'new', 10), (2, 'sent', 20), (42, 'new', 30);
+"""
+
+with_python = [page for page in PAGES if any(b.language == "python" for b in blocks(page))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+@pytest.fixture(scope="module")
+def shop(server: Server) -> Iterator[Server]:
+    """The shared server, with the database that the examples talk about."""
+    server.execute("create role app login")
+    server.execute("create database shop owner app")
+    yield server
+    server.execute("drop database shop with (force)")
+    server.execute("drop role app")
+
+
+@pytest.fixture
+def tables(shop: Server) -> Server:
+    for statement in [*filter(str.strip, TABLES.split(";")), "grant all on orders to app"]:
+        shop.execute(statement, dbname="shop")
+    return shop
+
+
+def with_real_dsn(text: str, server: Server) -> str:
+    return PLACEHOLDER.sub(lambda m: server.conninfo(user="app", dbname=m[1], over="tcp"), text)
+
+
+def same_but_for_figures(text: str) -> str:
+    """Numbers are as they come, lines are broken where the page is narrow."""
+    return " ".join(re.sub(r"\d+(\.\d+)?", "#", text).replace("attempts", "attempt").split())
+
+
+def run_page(page: Path, server: Server) -> list[tuple[int, str, str]]:
+    """Run a page's blocks; answers (line, shown, printed) for each output that is shown."""
+    namespace: dict[str, Any] = {"__name__": "example"}
+    shown, printed = [], ""
+    try:
+        for block in blocks(page):
+            if block.language == "python":
+                source = "\n" * (block.line - 1) + with_real_dsn(block.text, server)
+                output = io.StringIO()
+                with contextlib.redirect_stdout(output):
+                    exec(compile(source, name_of(page), "exec"), namespace)
+                printed = output.getvalue()
+            elif block.language == "text" and block.follows:
+                shown.append((block.line, block.text, printed))
+    finally:
+        for pool in [one for one in namespace.values() if isinstance(one, ConnectionPool)]:
+            pool.close()
+    return shown
+
+
+@pytest.mark.parametrize("page", with_python, ids=name_of)
+def test_every_example_runs_and_prints_what_the_page_shows(page, tables, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for line, shown, printed in run_page(page, tables):
+        assert same_but_for_figures(printed) == same_but_for_figures(shown), (
+            f"{name_of(page)}:{line} shows another output than is printed:\n{printed}"
+        )
+
+
+@every_page
+def test_every_fenced_block_says_what_it_is(page):
+    unknown = [(b.line, b.language) for b in blocks(page) if b.language not in LANGUAGES]
+    assert not unknown, f"{name_of(page)}: these blocks are not tested: {unknown}"
+
+
+@every_page
+def test_every_make_target_that_is_named_exists(page):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    console = "\n".join(b.text for b in blocks(page) if b.language == "console")
+    inline = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"^make ([a-z]+)", console, re.MULTILINE))
+    named |= set(re.findall(r"`make ([a-z]+)", inline))
+    assert named <= targets
+
+
+def test_the_readme_names_the_two_commands_of_a_newcomer():
+    commands = [b.text for b in blocks(ROOT / "README.md") if b.language == "console"]
+    assert "make demo\nmake test\n" in commands
+
+
+@every_page
+def test_every_relative_link_leads_somewhere(page):
+    local = [link for link in links(page) if not re.match(r"[a-z]+:|#", link)]
+    broken = [link for link in local if not (page.parent / link.partition("#")[0]).exists()]
+    assert not broken
+
+
+@every_page
+def test_no_page_names_a_place_of_one_machine(page):
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"(?<![\w.])/(?:home|work|root|tmp|Users|usr|opt|var)/\S*", text)
+    assert not found
+
+
+# -- the Flask recipe, as it is deployed ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("preload", [False, True], ids=["each worker loads", "preload"])
+def test_the_flask_recipe_serves_under_gunicorn(preload, tables):
+    """With --preload the pool is used in the master, too, before the fork."""
+    recipe = next(b for b in blocks(ROOT / "README.md") if b.text.startswith("# wsgi.py\n"))
+    source = with_real_dsn(recipe.text, tables)
+    if preload:
+        source += "\npool.execute('select 1')\n"
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "wsgi.py").write_text(source, encoding="utf-8")
+        with gunicorn(folder, *["--preload"] * preload) as client:
+            answers = [client.get(f"/orders/{n}").json() for n in (1, 2, 42, 7) * 5]
+            healthy = client.get("/healthz")
+    wanted = [{"state": "new"}, {"state": "sent"}, {"state": "new"}, {"error": "no such order"}]
+    assert answers == wanted * 5
+    assert healthy.status_code == 200, healthy.text
+
+
+@contextlib.contextmanager
+def gunicorn(folder: str, *options: str) -> Iterator[Any]:
+    import httpx
+
+    path = f"{folder}/socket"
+    command = [sys.executable, "-m", "gunicorn", "--workers", "2", "--threads", "4"]
+    command += ["--bind", f"unix:{path}", "--chdir", folder, *options, "wsgi:app"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until_it_listens(path, process)
+            transport = httpx.HTTPTransport(uds=path)
+            with httpx.Client(transport=transport, base_url="http://shop", timeout=30) as client:
+                yield client
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
+
+
+def wait_until_it_listens(path: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket(socket.AF_UNIX) as client:
+            if client.connect_ex(path) == 0:
+                return
+        time.sleep(0.02)  # nobody says when it listens
+    process.terminate()
+    pytest.fail(f"gunicorn does not listen: {process.communicate()[1]}")
+
+
+# -- tables that say what the code says ------------------------------------------------------------
+
+
+def rows(page: str) -> list[list[str]]:
+    """The cells of every table of a page, without heads."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line[:1] == "|"
+    ]
+    return [row for row in cells if row[0].startswith("`")]
+
+
+def test_the_option_table_lists_every_option_with_its_default():
+    listed = {
+        row[0].strip("`"): ast.literal_eval(row[2].strip("`")) for row in rows("docs/options.md")
+    }
+    assert listed == {field.name: field.default for field in dataclasses.fields(PoolConfig)}
+
+
+def test_the_error_page_lists_every_next_step_by_its_code():
+    listed = {row[0].strip("`"): row[1] for row in rows("docs/errors.md")}
+    assert listed == _STEPS
