@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from flask.typing import ResponseReturnValue
 
 # The names by which gunicorn_process hands its settings down.
-POOL, CONNINFO, REPORTS, READER, PRELOAD = (
-    f"PENSTOCK_DEMO_{name}" for name in ("POOL", "CONNINFO", "REPORTS", "READER", "PRELOAD")
+POOL, CONNINFO, REPORTS, LIFELINE, PRELOAD = (
+    f"PENSTOCK_DEMO_{name}" for name in ("POOL", "CONNINFO", "REPORTS", "LIFELINE", "PRELOAD")
 )
 
 BALANCE = "select %s::text, aid, abalance from pgbench_accounts where aid = %s"
@@ -64,7 +64,7 @@ def create_app() -> Flask:
     app.register_error_handler(Exception, lambda error: explain(error, till))
     report_from_each_worker(
         Path(os.environ[REPORTS]),
-        int(os.environ[READER]),
+        int(os.environ[LIFELINE]),
         measure,
         before_fork=os.environ[PRELOAD] == "yes",
     )

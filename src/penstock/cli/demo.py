@@ -170,19 +170,30 @@ class Demo:
     def _open_service(self, stage: Stage, *, preload: bool) -> Iterator[Service]:
         workers, reports = self._plan.workers, stage.folder / f"reports {MODES[preload]}"
         reports.mkdir()
+        lifeline, ours = os.pipe()  # nobody else inherits our end: it closes with us
         environment = {
             bank_service.POOL: self._plan.pool,
             bank_service.CONNINFO: stage.conninfo,
             bank_service.REPORTS: str(reports),
-            bank_service.READER: str(os.getpid()),
+            bank_service.LIFELINE: str(lifeline),
             bank_service.PRELOAD: "yes" if preload else "no",
         }
-        with GunicornProcess(
-            stage.folder, workers=workers, preload=preload, environment=environment
-        ) as gunicorn:
-            service = Service(preload, gunicorn.port, reports)
-            gunicorn.wait_until(lambda: len(service.workers()) >= workers, self._interruption.wait)
-            yield service
+        try:
+            with GunicornProcess(
+                stage.folder,
+                workers=workers,
+                preload=preload,
+                environment=environment,
+                inherit=(lifeline,),
+            ) as gunicorn:
+                service = Service(preload, gunicorn.port, reports)
+                gunicorn.wait_until(
+                    lambda: len(service.workers()) >= workers, self._interruption.wait
+                )
+                yield service
+        finally:
+            os.close(lifeline)
+            os.close(ours)
 
     def _perform_act(self, act: Act, stage: Stage, service: Service) -> ActResult:
         plan = self._plan

@@ -32,13 +32,20 @@ class GunicornProcess:
     """One gunicorn master and its workers, from entry to exit of the `with` block."""
 
     def __init__(
-        self, folder: Path, *, workers: int, preload: bool, environment: Mapping[str, str]
+        self,
+        folder: Path,
+        *,
+        workers: int,
+        preload: bool,
+        environment: Mapping[str, str],
+        inherit: tuple[int, ...] = (),
     ) -> None:
         self._log = folder / "gunicorn.log"
         self._folder = folder
         self._workers = workers
         self._preload = preload
         self._environment = environment
+        self._inherit = inherit
         self._process: subprocess.Popen[bytes] | None = None
         self.port = 0
 
@@ -54,7 +61,7 @@ class GunicornProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    pass_fds=(listener.fileno(),),
+                    pass_fds=(listener.fileno(), *self._inherit),
                     # A session of its own: Ctrl-C at the terminal reaches the demo only, which
                     # then ends the whole group.
                     start_new_session=True,

@@ -2,7 +2,7 @@
 
 Files, because a question over HTTP reaches whichever worker happens to take it, and one that is
 busy or dead could not answer. When nobody is left to read them, because the demo was killed without
-a chance to clean up, the workers see that here and end gunicorn.
+a chance to clean up, the workers see that here, by a pipe whose other end it held, and end gunicorn.
 
 It must not know what a pool or a request is.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import threading
 from dataclasses import asdict, dataclass
@@ -39,19 +40,19 @@ class WorkerReport:
 
 
 def report_from_each_worker(
-    folder: Path, reader: int, measure: Callable[[], WorkerReport], *, before_fork: bool
+    folder: Path, lifeline: int, measure: Callable[[], WorkerReport], *, before_fork: bool
 ) -> None:
     """Start a thread that reports: here, or, when this is the master, in each worker it forks.
 
     Args:
         folder: where the reports are put.
-        reader: the pid of the demo.
+        lifeline: the end of a pipe; its other end closes with the demo, however that ends.
         measure: how this worker is.
         before_fork: whether this is the master.
     """
 
     def start() -> None:
-        target, arguments = _keep_reporting, (folder, reader, measure)
+        target, arguments = _keep_reporting, (folder, lifeline, measure)
         threading.Thread(target=target, args=arguments, name="report", daemon=True).start()
 
     if before_fork:
@@ -60,16 +61,17 @@ def report_from_each_worker(
         start()
 
 
-def _keep_reporting(folder: Path, reader: int, measure: Callable[[], WorkerReport]) -> None:
+def _keep_reporting(folder: Path, lifeline: int, measure: Callable[[], WorkerReport]) -> None:
     file = folder / f"{os.getpid()}.json"
-    pause = threading.Event()
-    while _alive(reader):
+    master = os.getppid()
+    while not select.select([lifeline], [], [], INTERVAL)[0]:
         unfinished = file.with_suffix(".new")
         unfinished.write_text(json.dumps(asdict(measure())))
         unfinished.replace(file)  # a reader sees the old report or the new one, never half of one
-        pause.wait(INTERVAL)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(os.getppid(), signal.SIGTERM)
+    # Another worker may have ended it already; our parent is then somebody else's process.
+    if os.getppid() == master:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(master, signal.SIGTERM)
 
 
 def read_reports(folder: Path) -> list[WorkerReport]:
