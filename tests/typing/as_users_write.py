@@ -1,0 +1,106 @@
+"""What users write, as type checkers must see it. Nothing here is run: mypy and pyright read it."""
+
+from __future__ import annotations
+
+from typing import Any, assert_type
+
+from psycopg import Connection
+from psycopg.rows import DictRow, TupleRow, dict_row
+
+from penstock import ConnectionPool, Health, Result, Stats
+
+
+class AuditedConnection(Connection[DictRow]):
+    """A class of the user's own."""
+
+    def audit(self) -> None:
+        """Something that only this class has."""
+
+
+# -- which connections a pool has -----------------------------------------------------------------
+
+plain = ConnectionPool("postgresql://app@db/shop", min_size=1, max_size=10)
+assert_type(plain, ConnectionPool[Connection[TupleRow]])
+
+dicts = ConnectionPool(
+    "postgresql://app@db/shop",
+    connection_class=Connection[DictRow],
+    kwargs={"row_factory": dict_row},
+)
+assert_type(dicts, ConnectionPool[Connection[DictRow]])
+
+audited = ConnectionPool(lambda: "postgresql://app@db/shop", connection_class=AuditedConnection)
+assert_type(audited, ConnectionPool[AuditedConnection])
+
+annotated: ConnectionPool[Connection[TupleRow]] = ConnectionPool()
+
+
+# -- every way to borrow gives one of them ---------------------------------------------------------
+
+
+def borrow() -> None:
+    with plain.connection() as conn:
+        assert_type(conn, Connection[TupleRow])
+        assert_type(conn.execute("select 1").fetchone(), TupleRow | None)
+    with dicts.connection(timeout=1.0, settings={"app.user": "ann"}) as row_conn:
+        assert_type(row_conn.execute("select 1").fetchall(), list[DictRow])
+    with audited.connection(autocommit=True) as own_conn:
+        own_conn.audit()
+    with audited.dedicated(autocommit=True) as listener:
+        assert_type(listener, AuditedConnection)
+
+
+def borrow_without_a_block() -> None:
+    conn = dicts.getconn(timeout=0)
+    assert_type(conn, Connection[DictRow])
+    dicts.putconn(conn)
+
+
+def one_statement() -> list[Any]:
+    result = plain.execute("select %s", (1,), timeout=1.0)
+    assert_type(result, Result)
+    return [*result, *result.fetchall()]
+
+
+def look_at_it() -> None:
+    assert_type(plain.stats(), Stats)
+    assert_type(plain.health(), Health)
+    assert_type(plain.closed, bool)
+    with plain as opened:
+        assert_type(opened, ConnectionPool[Connection[TupleRow]])
+
+
+# -- every option has its type ---------------------------------------------------------------------
+
+
+def prepare(conn: Connection[TupleRow]) -> None:
+    conn.execute("set search_path to shop")
+
+
+everything = ConnectionPool(
+    "",
+    connection_class=None,
+    kwargs=lambda: {"connect_timeout": 3},
+    driver="psycopg",
+    min_size=0,
+    max_size=4,
+    name="shop",
+    timeout=None,
+    max_waiting=100,
+    max_lifetime=None,
+    max_idle=60,
+    ping_after=0,
+    reconnect_timeout=None,
+    reconnect_failed=print,
+    overdue_after=1.5,
+    order="fifo",
+    autocommit=True,
+    configure=prepare,
+    check=prepare,
+    reset="session",
+    on_borrow=prepare,
+    server_check_interval=None,
+    read_write=True,
+    open=False,
+)
+assert_type(everything, ConnectionPool[Connection[TupleRow]])
