@@ -1,0 +1,451 @@
+"""Ctrl-C at every point of a borrow, a wait and a return: nothing is lost, lent twice or forgotten.
+
+An act is run again and again, interrupted at its first instruction, its second, ... until it ends
+without an interrupt; in two ways. *Real*: SIGINT is pulled, so KeyboardInterrupt comes where the
+interpreter looks for signals, and every such place is met. *Hostile*: it is raised at the very
+instruction, which no signal can do; then a lock may stay held, at the end of its `with`, and only there.
+
+What is asked after each is in `interrupting.py`. Only the main thread gets signals, so acts run there;
+other threads hold, wait and give back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import linecache
+import signal
+import sys
+import threading
+from collections import deque
+from queue import SimpleQueue
+
+import pytest
+
+from penstock import ConnectionPool, PoolTimeout, keeper
+from penstock._machine.slot import SlotState
+from penstock.lease import Lease
+from tests.contract.interrupting import PATIENCE, NoTripwire, Tripwire, faults_of, unmonitor, until
+from tests.contract.sessions import Driver, NotLent
+
+STORM = 1000
+ASYNC_STORM = 300
+
+
+@pytest.fixture(scope="module")
+def tripwire(tmp_path_factory):
+    try:
+        wire = Tripwire(tmp_path_factory.mktemp("tripwire"), __file__, threading.__file__)
+    except NoTripwire as missing:
+        pytest.skip(f"the tripwire needs {missing}")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield wire
+    signal.signal(signal.SIGINT, before)
+    unmonitor(__file__, threading.__file__)
+
+
+def new_pool(size, *, shaped=True, kind=ConnectionPool, **options):
+    """A pool with `size` open connections, and always that many; with a tick to come."""
+    options = {"timeout": None, "max_lifetime": 3600, "ping_after": None} | options
+    pool = kind(driver=Driver(shaped=shaped), min_size=size, max_size=size, **options)
+    pool.open(wait=True)
+    assert until(lambda: pool.stats().idle == size)
+    return pool
+
+
+class Others:
+    """Threads that hold connections or wait for one while the main thread is interrupted."""
+
+    def __init__(self, pool):
+        self.pool = pool
+        self.faults = []
+        self._threads = []
+        self._enough = threading.Event()
+
+    def hold_all_until_somebody_waits(self):
+        """Take every connection; give them back when somebody waits, or at `join`."""
+        self._hold(lambda: self._enough.is_set() or bool(self.pool._machine.waiters))
+
+    def hold_all(self):
+        """Take every connection; give them back at `join`."""
+        self._hold(self._enough.is_set)
+
+    def wait(self, count):
+        """So many threads queue up for a connection, use it and give it back."""
+        for _ in range(count):
+            self._start(self._borrow)
+        assert until(lambda: self.pool.stats().waiting == count)
+
+    def join(self):
+        """Whoever waits is served now, or was forgotten: it must not be helped by a borrow of ours."""
+        self._enough.set()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        if any(thread.is_alive() for thread in self._threads):
+            self.faults.append("a waiter was forgotten")
+            self.pool._tick()  # so that the test ends
+        for thread in self._threads:
+            thread.join()
+        return self.faults
+
+    def _hold(self, enough):
+        ready = SimpleQueue()
+
+        def hold():
+            leases = [self.pool.connection() for _ in range(self.pool.stats().max_size)]
+            for lease in leases:
+                lease.__enter__()
+            ready.put(None)
+            until(enough)
+            while leases:
+                leases.pop().__exit__(None, None, None)
+
+        self._start(hold)
+        ready.get()
+
+    def _borrow(self):
+        with self.pool.connection() as conn:
+            claim = conn.claim()
+            conn.query()
+            conn.commit()
+            conn.check(claim)
+
+    def _start(self, call):
+        def run():
+            try:
+                call()
+            except BaseException as error:
+                self.faults.append(f"another thread got {error!r}")
+
+        thread = threading.Thread(target=run)
+        self._threads.append(thread)
+        thread.start()
+
+
+# -- acts -----------------------------------------------------------------------------------------
+
+
+class Act:
+    """What the main thread does with a pool while it is interrupted."""
+
+    size = 2
+    shapes = (True,)
+    options: dict = {}
+
+    def set_up(self, pool):
+        """What others do meanwhile."""
+        self.others = Others(pool)
+
+    def run(self, pool):
+        raise NotImplementedError
+
+    def clean_up(self, pool):
+        """What a program that was interrupted there would do."""
+
+
+class Borrow(Act):
+    shapes = (True, False)
+
+    def run(self, pool):
+        with pool.connection() as conn:
+            conn.claim()
+
+
+class BorrowAndCommit(Act):
+    shapes = (True, False)
+
+    def run(self, pool):
+        with pool.connection() as conn:
+            conn.query()
+
+
+class BorrowAndFail(Act):
+    def run(self, pool):
+        try:
+            with pool.connection() as conn:
+                conn.query()
+                raise ZeroDivisionError
+        except ZeroDivisionError:
+            pass
+
+
+class GetAndPut(Act):
+    conn = None
+
+    def run(self, pool):
+        self.conn = pool.getconn()
+        self.conn.query()
+        self.conn.commit()
+        pool.putconn(self.conn)
+        self.conn = None
+
+    def clean_up(self, pool):
+        # An interrupted putconn() either gave it back or did not begin; a program can ask.
+        conn, self.conn = self.conn, None
+        if conn is not None and id(conn) in pool._getconns:
+            pool.putconn(conn)
+
+
+class GetAndPutUnfinished(GetAndPut):
+    def run(self, pool):
+        self.conn = pool.getconn()
+        self.conn.query()
+        pool.putconn(self.conn)
+        self.conn = None
+
+
+class Execute(Act):
+    def run(self, pool):
+        assert pool.execute("select 1").fetchone()
+
+
+class BorrowWithOptions(Act):
+    def run(self, pool):
+        with pool.connection(timeout=PATIENCE, settings={"work_mem": "64MB"}) as conn:
+            conn.query()
+        with pool.connection(autocommit=True) as conn:
+            conn.claim()
+
+
+class BorrowFromAPoolWithHooks(BorrowAndCommit):
+    shapes = (True,)
+    options = {"on_borrow": lambda conn: conn.query(), "check": lambda conn: conn.claim()}
+
+
+class BorrowAfterAReset(BorrowAndCommit):
+    shapes = (True,)
+    size = 1
+    options = {"reset": "session"}
+
+
+class BorrowWithAPing(Borrow):
+    shapes = (True,)
+    options = {"ping_after": 0}
+
+
+class BorrowWithAPingThatFails(Borrow):
+    shapes = (True,)
+    size = 1
+    options = {"ping_after": 0}
+
+    def set_up(self, pool):
+        super().set_up(pool)
+        for slot in pool._machine.slots():
+            slot.link.answers = False
+
+
+class WaitAndGet(Act):
+    shapes = (True, False)
+
+    def set_up(self, pool):
+        super().set_up(pool)
+        self.others.hold_all_until_somebody_waits()
+
+    def run(self, pool):
+        with pool.connection() as conn:
+            conn.claim()
+
+
+class WaitAndGetWithOptions(WaitAndGet):
+    shapes = (True,)
+
+    def run(self, pool):
+        with pool.connection(timeout=PATIENCE) as conn:
+            conn.claim()
+
+
+class WaitInVain(Act):
+    def set_up(self, pool):
+        super().set_up(pool)
+        self.others.hold_all()
+
+    def run(self, pool):
+        try:
+            with pool.connection(timeout=0.0001):
+                raise AssertionError("all were held")
+        except PoolTimeout:
+            pass
+
+
+class GiveToOne(Act):
+    shapes = (True, False)
+    size = 1
+    waiters = 1
+
+    def set_up(self, pool):
+        super().set_up(pool)
+        self.leases = [pool.connection() for _ in range(self.size)]
+        for lease in self.leases:
+            lease.__enter__()
+        self.others.wait(self.waiters)
+
+    def run(self, pool):
+        self.leases[0].__exit__(None, None, None)
+
+    def clean_up(self, pool):
+        self.leases.clear()  # the block is over, and so is its lease
+
+
+class GiveToTwo(GiveToOne):
+    """Both at once: another thread has appended its slot, and has not looked for waiters yet."""
+
+    size = 2
+    waiters = 2
+
+    def set_up(self, pool):
+        super().set_up(pool)
+        slot = self.leases[1]._slot
+        self.leases[1]._slot = None
+        slot.link.park()
+        slot.ref.borrows += 1
+        slot.state = SlotState.IDLE
+        pool._machine.idle.append(slot)
+
+
+class GiveToOneAfterCommit(GiveToOne):
+    shapes = (True,)
+
+    def run(self, pool):
+        self.leases[0]._slot.link.conn.query()
+        self.leases[0].__exit__(None, None, None)
+
+
+class GiveWhileOneComes(Act):
+    """The waiter queues up between the two looks of a return: `put` has to look again."""
+
+    size = 1
+    shapes = (True, False)
+
+    def set_up(self, pool):
+        super().set_up(pool)
+        self.lease = pool.connection()
+        self.lease.__enter__()
+        self.others.wait(1)
+        machine = pool._machine
+        machine.waiters, self.hidden = type(machine.waiters)(), machine.waiters
+        machine.idle = Appended(machine, self.hidden)
+        machine._pop = machine.idle.pop
+
+    def run(self, pool):
+        self.lease.__exit__(None, None, None)
+
+    def clean_up(self, pool):
+        self.lease = None
+        machine = pool._machine
+        if machine.waiters is not self.hidden:  # the return ended first: the waiter looks himself
+            machine.waiters = self.hidden
+            pool._look_again()
+
+
+class Appended(deque):
+    """An idle deque that shows the hidden waiters as soon as a slot is appended."""
+
+    def __init__(self, machine, hidden):
+        super().__init__()
+        self._machine = machine
+        self._hidden = hidden
+
+    def append(self, slot):
+        super().append(slot)
+        self._machine.waiters = self._hidden
+
+
+ACTS = [
+    Borrow,
+    BorrowAndCommit,
+    BorrowAndFail,
+    GetAndPut,
+    GetAndPutUnfinished,
+    Execute,
+    BorrowWithOptions,
+    BorrowFromAPoolWithHooks,
+    BorrowAfterAReset,
+    BorrowWithAPing,
+    BorrowWithAPingThatFails,
+    WaitAndGet,
+    WaitAndGetWithOptions,
+    WaitInVain,
+    GiveToOne,
+    GiveToOneAfterCommit,
+    GiveToTwo,
+    GiveWhileOneComes,
+]
+SHAPED_ACTS = [
+    pytest.param(act, shaped, id=f"{act.__name__}-{'PgconnLease' if shaped else 'Lease'}")
+    for act in ACTS
+    for shaped in act.shapes
+]
+
+
+class Report:
+    """What interrupting an act at every instruction found."""
+
+    def __init__(self):
+        self.instructions = 0
+        self.interrupts = 0
+        self.places = set()
+        self.faults = []
+        self.locks_held = []
+
+    def __str__(self):
+        version = ".".join(map(str, sys.version_info[:3]))
+        return (
+            f"{version}: {self.interrupts} interrupts at {len(self.places)} places "
+            f"of {self.instructions} instructions; {len(self.locks_held)} locks held"
+        )
+
+
+def interrupt_everywhere(tripwire, act, *, hostile=False, stop_at=3, **options):
+    """Run the act once per instruction, interrupted there; stops at the `stop_at`-th fault."""
+    report = Report()
+    options = act.options | options
+    pool = new_pool(act.size, **options)
+    k = 0
+    while len(report.faults) < stop_at:
+        k += 1
+        act.set_up(pool)
+        place, count = tripwire.run(lambda: act.run(pool), k, hostile=hostile)
+        held = release_locks(pool) if hostile else 0
+        if held:
+            report.locks_held.append(place)
+        act.clean_up(pool)
+        faults = act.others.join() + faults_of(pool, pool._driver.sessions)
+        report.faults += [f"instruction {k}, {place}: {fault}" for fault in faults]
+        if place is not None:
+            report.interrupts += 1
+            report.places.add(place)
+        if faults:
+            pool = new_pool(act.size, **options)
+        if count < k:
+            report.instructions = count
+            break
+    print(report)
+    return report
+
+
+def release_locks(pool):
+    """Release what the calling thread holds; how many locks that were."""
+    held = 0
+    for lock in (pool._lock, keeper.current()._lock):
+        while lock._is_owned():
+            held += 1
+            lock.release()
+    return held
+
+
+@pytest.mark.parametrize(("act", "shaped"), SHAPED_ACTS)
+def test_a_signal_at_every_point_loses_nothing(tripwire, act, shaped):
+    report = interrupt_everywhere(tripwire, act(), shaped=shaped)
+    assert not report.faults, "\n".join(report.faults)
+    assert report.interrupts > 10
+
+
+@pytest.mark.parametrize(("act", "shaped"), SHAPED_ACTS)
+def test_an_exception_at_every_instruction_holds_at_most_a_lock_at_the_end_of_its_with(
+    tripwire, act, shaped
+):
+    report = interrupt_everywhere(tripwire, act(), hostile=True, shaped=shaped)
+    assert not report.faults, "\n".join(report.faults)
+    assert report.interrupts > 10
+    for file, function, line, _ in report.locks_held:
+        source = linecache.getline(file, line)
+        assert "with self._lock:" in source, f"{file}: {function}: {source}"
