@@ -12,7 +12,9 @@ The rules of an interrupt (it can strike after any call of a C function):
 * a guard drops its references and never puts a slot back: no flag can know whether the slot has
   gone back already, the reference count does, and a slot that nobody holds comes home by itself;
 * what is still in a local variable of a frame would be held by a stored traceback, so a guard
-  clears that, too.
+  clears that, too;
+* a guard tells the pool (`_cut_short`): a slot may have been stored with a waiter who was not woken,
+  or appended while somebody queued up, and a waiter must not sit out his timeout beside it.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ class Lease(Generic[ConnT]):
             return link.conn  # type: ignore[no-any-return]  # a slot's link is opaque to the machine
         except BaseException:
             slot = self._slot = None
+            pool._cut_short()
             raise
 
     def __exit__(
@@ -82,6 +85,7 @@ class Lease(Generic[ConnT]):
             self._pool._give_back(slot, error)
         except BaseException:
             slot = None
+            self._pool._cut_short()
             raise
 
 
@@ -127,6 +131,7 @@ class PgconnLease(Lease[ConnT]):
             return link.conn  # type: ignore[no-any-return]  # as above
         except BaseException:
             slot = self._slot = None
+            pool._cut_short()
             raise
 
     def __exit__(
@@ -162,6 +167,7 @@ class PgconnLease(Lease[ConnT]):
             self._pool._give_back(slot, error)
         except BaseException:
             slot = None
+            self._pool._cut_short()
             raise
 
 
@@ -186,6 +192,7 @@ class CarefulLease(Lease[ConnT]):
             return slot.link.conn  # type: ignore[no-any-return]  # as above
         except BaseException:
             slot = self._slot = None
+            pool._cut_short()
             raise
 
     def __exit__(
@@ -202,4 +209,5 @@ class CarefulLease(Lease[ConnT]):
             self._pool._give_back(slot, error)
         except BaseException:
             slot = None
+            self._pool._cut_short()
             raise

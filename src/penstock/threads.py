@@ -37,7 +37,7 @@ from penstock._machine.policy import Limits
 from penstock._machine.slot import Reason, Slot, SlotRef, SlotState
 from penstock.clock import clock
 from penstock.config import PoolConfig
-from penstock.errors import ConfigError
+from penstock.errors import ConfigError, PenstockError
 from penstock.lease import CarefulLease, Lease, PgconnLease
 from penstock.opening import CONNECT_SECONDS, Opener
 from penstock.reports import Health, Reporter
@@ -211,6 +211,7 @@ class ConnectionPool(Generic[ConnT]):
             return conn  # type: ignore[no-any-return]  # a slot's link is opaque to the machine
         except BaseException:
             slot = None
+            self._cut_short()
             raise
 
     def putconn(self, conn: ConnT) -> None:
@@ -237,6 +238,7 @@ class ConnectionPool(Generic[ConnT]):
             self._give_back_unfinished(slot)
         except BaseException:
             slot = None
+            self._cut_short()
             raise
 
     def execute(self, query: Any, params: Any = None, *, timeout: float | None = None) -> Result:
@@ -624,6 +626,15 @@ class ConnectionPool(Generic[ConnT]):
         with self._lock:
             orders = self._machine.look_again(clock())
         self._carry_out(orders)
+
+    def _cut_short(self) -> None:
+        """In a guard: a move may have been cut in two; the tick repeats what is left of it.
+
+        In the keeper, because one `put` in C is all that a second interrupt could cut off here.
+        An error of penstock's own is a move that came to its end.
+        """
+        if not isinstance(sys.exception(), PenstockError):
+            keeper.current().tell(self._tick)
 
     # -- orders -----------------------------------------------------------------------------------
 
