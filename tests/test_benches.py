@@ -1,0 +1,49 @@
+"""The benches run, and what they count is what it should be. Times are for people to look at.
+
+Counts of instructions and calls depend on the interpreter alone, so they can be asserted where
+nanoseconds cannot: they keep the hot path short.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def run(name: str, tmp_path: Path, *arguments: str) -> tuple[Any, str]:
+    """The figures as JSON, and what was printed."""
+    where = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCH / name), "--json", str(where), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(where.read_text(encoding="utf-8"))["figures"], done.stdout
+
+
+def test_a_plain_borrow_and_return_execute_a_third_of_psycopg_pools_instructions(tmp_path):
+    figures, printed = run("hot_path.py", tmp_path, "--rounds", "1")
+    ours = figures["penstock, with connection()"]
+    theirs = figures["psycopg_pool, with connection()"]
+    assert ours["python_calls"] == 3  # connection(), __enter__, __exit__
+    assert ours["instructions"] <= theirs["instructions"] / 3
+    assert printed.count("\nPASS  ") + printed.count("\nmiss  ") == 3
+
+
+def test_a_borrow_costs_the_round_trips_that_the_readme_names(tmp_path):
+    figures, _ = run("round_trips.py", tmp_path)
+    assert figures["penstock"] == {
+        "nothing": 0,
+        "one_statement": 3,
+        "two_statements": 4,
+        "execute": 1,
+    }
+
+
+def test_contention_is_measured_for_both_pools_in_every_case(tmp_path):
+    figures, _ = run("contention.py", tmp_path, "--seconds", "0.05")
+    assert [one["pool"] for one in figures] == ["penstock", "psycopg_pool"] * 4
+    assert all(one["per_second"] > 0 for one in figures)
