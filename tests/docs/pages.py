@@ -57,3 +57,10 @@ def blocks(page: Path) -> list[Block]:
 def links(page: Path) -> list[str]:
     """Where the page's links lead to, outside of fenced blocks."""
     return _LINK.findall(_FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+def headings(page: Path) -> set[str]:
+    """The page's headings as links name them: lower case, words joined by hyphens."""
+    content = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    found = re.findall(r"^#+ (.+)$", content, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in found}

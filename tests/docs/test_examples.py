@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ import pytest
 
 from penstock import ConnectionPool, PoolConfig
 from penstock.errors import _STEPS
-from tests.docs.pages import PAGES, ROOT, blocks, links, name_of
+from tests.docs.pages import PAGES, ROOT, blocks, headings, links, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -122,9 +123,21 @@ def test_the_readme_names_the_two_commands_of_a_newcomer():
 
 @every_page
 def test_every_relative_link_leads_somewhere(page):
-    local = [link for link in links(page) if not re.match(r"[a-z]+:|#", link)]
-    broken = [link for link in local if not (page.parent / link.partition("#")[0]).exists()]
-    assert not broken
+    local = [link for link in links(page) if not re.match(r"[a-z]+:", link)]
+    assert not [link for link in local if not leads_somewhere(page, link)]
+
+
+def leads_somewhere(page: Path, link: str) -> bool:
+    name, _, heading = link.partition("#")
+    target = page.parent / name if name else page
+    return target.exists() and (not heading or heading in headings(target))
+
+
+@every_page
+def test_every_extra_that_is_named_exists(page):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = re.findall(r"'(?:penstock|\.)\[([\w,-]+)\]'", page.read_text(encoding="utf-8"))
+    assert set(named) <= set(project["optional-dependencies"])
 
 
 @every_page
