@@ -187,13 +187,18 @@ def _instructions(action: Callable[[], object]) -> int:
             count += 1
         return tracer
 
-    action()
-    sys.settrace(tracer)
-    try:
-        action()
-    finally:
-        sys.settrace(None)
-    return count
+    def traced() -> int:
+        nonlocal count
+        count = 0
+        sys.settrace(tracer)
+        try:
+            action()
+        finally:
+            sys.settrace(None)
+        return count
+
+    traced()  # 3.12 begins to report instructions with the second trace only
+    return traced()
 
 
 def calls(action: Callable[[], object]) -> tuple[int, int]:
