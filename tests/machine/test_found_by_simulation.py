@@ -5,12 +5,12 @@ from __future__ import annotations
 from penstock._machine.machine import DONE, Machine, Refusal, Verdict, Waiter
 from penstock._machine.orders import Close, Open, TickAt
 from penstock._machine.policy import Limits
-from penstock._machine.slot import Reason, Slot, SlotState
+from penstock._machine.slot import Reason, Slot, SlotRef, SlotState
 
 
 def machine_with(**limits):
-    # Slots that die are of no interest here, so nobody listens.
-    return Machine(Limits(**limits), orphans=[].append, random=lambda: 0.5)
+    orphans: list[SlotRef] = []  # of no interest here
+    return Machine(Limits(**limits), orphans=orphans.append, random=lambda: 0.5)
 
 
 def only(orders, kind):

@@ -1,11 +1,16 @@
-"""Every history that hypothesis can think of: `check` of world.py after each step, peace at the end."""
+"""Histories by hypothesis and by chance: `check` of world.py after each step, peace at the end.
+
+More of them: `pytest tests/machine/test_simulation.py --seeds=20000`.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, Phase, settings
+import pytest
+from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -17,6 +22,7 @@ from hypothesis.stateful import (
 from penstock._machine.machine import Machine, Verdict
 from penstock._machine.policy import Limits
 from penstock.testing import Mode
+from tests.machine.walker import walk
 from tests.machine.world import World
 
 SOME = st.integers(0, 7)  # which one of those there are
@@ -54,11 +60,12 @@ class Simulation(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         try:
-            self.world.faults_stop()
+            if sys.exc_info()[0] is None:  # else this would hide what went wrong
+                self.world.faults_stop()
         finally:
             self.world.end()
 
-    # -- borrowers
+    # -- what mostly happens
 
     @rule(owner=st.integers(0, 4), loose=st.sampled_from([False, False, False, True]))
     def borrow(self, owner: int, loose: bool) -> None:
@@ -66,38 +73,17 @@ class Simulation(RuleBasedStateMachine):
             self.world.borrow(owner, loose=loose)
         self.world.check()
 
-    @there_is("seats")
-    @rule(which=SOME)
-    def wake_up(self, which: int) -> None:
-        self.world.wake_up(which % len(self.world.seats))
-        self.world.check()
+    @rule(owner=st.integers(0, 4), steps=st.integers(1, 12))
+    def borrow_and_all_runs_on(self, owner: int, steps: int) -> None:
+        self.borrow(owner, False)
+        self.world.run_on(steps)
 
-    @there_is("seats")
-    @rule(which=SOME, timed_out=YES_OR_NO)
-    def give_up(self, which: int, timed_out: bool) -> None:
-        self.world.give_up(which % len(self.world.seats), timed_out=timed_out)
-        self.world.check()
-
-    @there_is("seats")
-    @rule(which=SOME)
-    def kill_waiter(self, which: int) -> None:
-        self.world.kill_waiter(which % len(self.world.seats))
-        self.world.check()
-
-    @there_is("pings")
-    @rule(which=SOME)
-    def ping_ends(self, which: int) -> None:
-        self.world.ping_ends(which % len(self.world.pings))
-        self.world.check()
-
-    @there_is("pings")
-    @rule(which=SOME)
-    def kill_pinger(self, which: int) -> None:
-        self.world.kill_pinger(which % len(self.world.pings))
-        self.world.check()
+    @rule(steps=st.integers(1, 12))
+    def all_runs_on(self, steps: int) -> None:
+        self.world.run_on(steps)
 
     @there_is("leases")
-    @rule(which=SOME, reset=YES_OR_NO)
+    @rule(which=SOME, reset=st.sampled_from([False, False, True]))
     def give_back_clean(self, which: int, reset: bool) -> None:
         index = which % len(self.world.leases)
         self.world.give_back(index, Verdict.CLEAN, suspect=False, reset=reset)
@@ -110,42 +96,27 @@ class Simulation(RuleBasedStateMachine):
         self.world.give_back(index, verdict, suspect=suspect, reset=False)
         self.world.check()
 
-    @there_is("leases")
-    @rule(which=SOME)
-    def drop_lease(self, which: int) -> None:
-        self.world.drop_lease(which % len(self.world.leases))
-        self.world.check()
-
-    # -- the keeper
-
     @there_is("flights")
+    @rule(which=SOME, late=st.sampled_from([False, False, True]))
+    def order_is_carried_out(self, which: int, late: bool) -> None:
+        index = which % len(self.world.flights)
+        if late:
+            self.world.work(index)
+        else:
+            self.world.answer(index)
+        self.world.check()
+
+    @there_is("pings")
     @rule(which=SOME)
-    def order_is_done_and_not_answered_yet(self, which: int) -> None:
-        self.world.work(which % len(self.world.flights))
+    def ping_ends(self, which: int) -> None:
+        self.world.ping_ends(which % len(self.world.pings))
         self.world.check()
 
-    @there_is("flights")
+    @precondition(lambda self: any(seat.woken for seat in self.world.seats))
     @rule(which=SOME)
-    def order_is_answered(self, which: int) -> None:
-        self.world.answer(which % len(self.world.flights))
-        self.world.check()
-
-    @there_is("flights")
-    @rule()
-    def oldest_order_is_answered(self) -> None:
-        self.world.answer(0)
-        self.world.check()
-
-    @there_is("flights")
-    @rule(which=SOME)
-    def order_is_lost(self, which: int) -> None:
-        self.world.lose(which % len(self.world.flights))
-        self.world.check()
-
-    @there_is("orphans")
-    @rule(twice=YES_OR_NO)
-    def orphan_is_brought_home(self, twice: bool) -> None:
-        self.world.bring_home(twice=twice)
+    def wake_up(self, which: int) -> None:
+        woken = [index for index, seat in enumerate(self.world.seats) if seat.woken]
+        self.world.wake_up(woken[which % len(woken)])
         self.world.check()
 
     @rule(seconds=st.sampled_from([0.01, 0.2, 1.0, 6.0, 25.0, 45.0, 120.0]))
@@ -159,12 +130,7 @@ class Simulation(RuleBasedStateMachine):
         self.world.next_alarm()
         self.world.check()
 
-    @rule()
-    def tick(self) -> None:
-        self.world.tick()
-        self.world.check()
-
-    # -- the server and the watcher
+    # -- what goes wrong
 
     @rule(mode=st.just(Mode.UP) | st.sampled_from(Mode))
     def server_becomes(self, mode: Mode) -> None:
@@ -172,15 +138,11 @@ class Simulation(RuleBasedStateMachine):
         self.world.server.admit()
         self.world.check()
 
-    @rule(which=SOME)
-    def server_hangs_up(self, which: int) -> None:
+    @rule(which=SOME, watched=YES_OR_NO)
+    def server_hangs_up(self, which: int, watched: bool) -> None:
         self.world.hang_up(which)
-        self.world.check()
-
-    @precondition(lambda self: bool(self.world.unnoticed()))
-    @rule(which=SOME)
-    def watcher_condemns(self, which: int) -> None:
-        self.world.watcher_condemns(which)
+        if watched and self.world.unnoticed():
+            self.world.watcher_condemns(which)
         self.world.check()
 
     @there_is("condemned")
@@ -189,21 +151,45 @@ class Simulation(RuleBasedStateMachine):
         self.world.keeper_hears(which % len(self.world.condemned))
         self.world.check()
 
+    @there_is("orphans")
+    @rule(twice=YES_OR_NO)
+    def orphan_is_brought_home(self, twice: bool) -> None:
+        self.world.bring_home(twice=twice)
+        self.world.check()
+
+    @there_is("seats")
+    @rule(which=SOME, how=st.sampled_from(["times out", "is cancelled", "dies"]))
+    def waiter_leaves(self, which: int, how: str) -> None:
+        index = which % len(self.world.seats)
+        if how == "dies":
+            self.world.kill_waiter(index)
+        else:
+            self.world.give_up(index, timed_out=how == "times out")
+        self.world.check()
+
+    @rule(which=SOME, what=st.sampled_from(["pings", "leases", "flights"]))
+    def somebody_is_killed(self, which: int, what: str) -> None:
+        there = getattr(self.world, what)
+        kill = {
+            "pings": self.world.kill_pinger,
+            "leases": self.world.drop_lease,
+            "flights": self.world.lose,
+        }
+        if there:
+            kill[what](which % len(there))
+        self.world.check()
+
     # -- the whole pool
 
-    @rule()
-    def drain(self) -> None:
-        self.world.drain()
-        self.world.check()
+    @rule(how=st.sampled_from(["tick", "drain", "open", "close and open", "close"]))
+    def somebody_says(self, how: str) -> None:
+        for word in how.split(" and "):
+            getattr(self.world, word)()
+            self.world.check()
 
     @rule(min_size=st.integers(0, 2), more=st.integers(0, 2))
     def resize(self, min_size: int, more: int) -> None:
         self.world.resize(min_size, max(1, min_size + more))
-        self.world.check()
-
-    @rule(how=st.sampled_from(["close", "open", "open"]))
-    def close_or_open(self, how: str) -> None:
-        getattr(self.world, how)()
         self.world.check()
 
     @rule(greenlets=YES_OR_NO)
@@ -231,4 +217,9 @@ def test_every_history_keeps_the_invariants_and_ends_at_rest():
     simulate(Machine, PLAIN)
 
 
-FIXED = settings(PLAIN, max_examples=300, derandomize=True, phases=[Phase.generate])
+def test_every_seeded_walk_keeps_them_too(seeds):
+    for seed in [*seeds, *range(seeds[-1] + 1, seeds[-1] + 2 * len(seeds))]:
+        try:
+            walk(seed)
+        except BaseException as error:
+            pytest.fail(f"seed {seed}: {error!r}")

@@ -59,6 +59,7 @@ class Flight:
 
     def __init__(self, order: Open | Close) -> None:
         self.order = order
+        self.outdated = False
         self.result: FakeLink | FakeError | None = None
 
 
@@ -86,6 +87,7 @@ class World:
         self.left: list[Waiter] = []  # who gave up may live on: in a traceback that somebody keeps
         self.spoiled: list[FakeLink] = []  # given back broken or unclean: never to be lent again
         self.doubtful: list[FakeLink] = []  # in doubt: not to be lent without a ping
+        self.outdated: list[FakeLink] = []  # of before a drain: not to be lent any more
         self.dropped = 0  # slots that a step dropped, and that are not home yet
         self.bound = limits.max_size
         self.reported = 0
@@ -242,6 +244,8 @@ class World:
         if isinstance(flight.order, Close):
             self._answer_close(flight.order)
         else:
+            if flight.outdated and isinstance(flight.result, FakeLink):
+                self.outdated.append(flight.result)
             self._answer_open(flight.order.slot, flight.result)
 
     def _answer_close(self, order: Close) -> None:
@@ -344,10 +348,17 @@ class World:
     def open(self) -> None:
         self._take_on(self.machine.open(self.now))
 
+    def _outdate_all(self) -> None:
+        self.outdated += [ref.link for ref in self.machine.refs.values() if ref.link is not None]
+        for flight in self.flights:
+            flight.outdated = True
+
     def close(self) -> None:
+        self._outdate_all()
         self._take_on(self.machine.close(self.now))
 
     def drain(self) -> None:
+        self._outdate_all()
         self._take_on(self.machine.drain(self.now))
 
     def resize(self, min_size: int, max_size: int) -> None:
@@ -356,6 +367,7 @@ class World:
 
     def fork(self, *, greenlets: bool) -> None:
         """The child's side. Greenlets live on in it; threads do not, but for the forking one."""
+        self._outdate_all()
         links = [link for link, _ in self.machine.forked()]
         assert len(links) == len({id(link) for link in links})
         for link in links:
@@ -430,6 +442,7 @@ class World:
     def _check_fit(self, slot: Slot) -> None:
         machine = self.machine
         assert machine.phase is Phase.OPEN, "a closed pool lends"
+        assert slot.link not in self.outdated, "a connection of an older generation was lent"
         assert slot.generation == machine.generation, "a connection of an older generation was lent"
         assert slot.condemned is None, "a connection was lent whose end was known"
         assert self.now < slot.retire_at, "a connection was lent that was too old"
@@ -587,7 +600,13 @@ class World:
             self.check()
         raise AssertionError("it does not come to an end")
 
-    def _something_happens(self) -> bool:
+    def run_on(self, steps: int) -> None:
+        """Let the keeper and whoever was woken do what is to be done, as far as it goes."""
+        while steps and self._something_happens(give_back=False):
+            steps -= 1
+            self.check()
+
+    def _something_happens(self, *, give_back: bool = True) -> bool:
         if self.orphans:
             self.bring_home(twice=False)
         elif any(ref() is not None for ref in self.unnoticed()):
@@ -600,7 +619,7 @@ class World:
             self.ping_ends(0)
         elif ready := [i for i, seat in enumerate(self.seats) if seat.woken]:
             self.wake_up(ready[0])
-        elif self.leases:
+        elif give_back and self.leases:
             self.give_back(0, Verdict.CLEAN, suspect=False, reset=False)
         else:
             return False
