@@ -292,7 +292,8 @@ class FakeLink:
         return Reply(rows=rows, rowcount=len(rows), description=[("column",)], statusmessage=None)
 
     def commit(self) -> None:
-        self._end_transaction("COMMIT")
+        if not self.said_goodbye:
+            self._end_transaction("COMMIT")
 
     def tidy(self, seconds: float | None) -> bool:
         self.conn.autocommit = self._autocommit

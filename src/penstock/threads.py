@@ -39,7 +39,7 @@ from penstock.clock import clock
 from penstock.config import PoolConfig
 from penstock.errors import ConfigError, PenstockError
 from penstock.lease import CarefulLease, Lease, PgconnLease
-from penstock.opening import CONNECT_SECONDS, Opener
+from penstock.opening import CONNECT_SECONDS, Failure, Opener
 from penstock.reports import Health, Reporter
 from penstock.result import Result
 
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
     from penstock._machine.tally import Stats
     from penstock.config import Options
-    from penstock.opening import Failure
 
 ConnT = TypeVar("ConnT")
 
@@ -203,10 +202,10 @@ class ConnectionPool(Generic[ConnT]):
                 slot = self._machine.take(clock(), get_ident())
             if slot is None:
                 slot = self._borrow_carefully(timeout, None, None)
+            else:
+                slot.link.lend()
             slot.loose = True  # any thread may give it back, so its wait proves no deadlock
-            link = slot.link
-            link.lend()
-            conn = link.conn
+            conn = slot.link.conn
             self._getconns[id(conn)] = slot
             return conn  # type: ignore[no-any-return]  # a slot's link is opaque to the machine
         except BaseException:
@@ -521,6 +520,7 @@ class ConnectionPool(Generic[ConnT]):
         try:
             check(slot.link.conn)
         except Exception:  # noqa: BLE001  raising is how a check says no
+            slot.link.park()
             self._return(slot, Verdict.UNCLEAN)
             return False
         return True
@@ -571,8 +571,9 @@ class ConnectionPool(Generic[ConnT]):
 
     def _commit(self, slot: Slot) -> Exception | None:
         link = slot.link
-        if link.activity() in {Activity.IDLE, Activity.BROKEN, Activity.ACTIVE}:
+        if link.activity() in {Activity.IDLE, Activity.ACTIVE}:
             return None
+        link.park()  # a plain lease has parked it already, a careful one has not
         link.lend()
         try:
             link.commit()
@@ -669,7 +670,8 @@ class ConnectionPool(Generic[ConnT]):
             return
         ref = slot.ref
         if ref is not None and link.fd >= 0:
-            _watcher().add(link.fd, ref)  # before it can be lent, so that no end goes unnoticed
+            # Before it can be lent, so that no end goes unnoticed.
+            ref.watched = _watcher().add(link.fd, ref)
         with self._lock:
             outage = self._machine.outage
             orders = self._machine.opened(slot, link, clock())
@@ -769,7 +771,8 @@ class ConnectionPool(Generic[ConnT]):
 
         def empty() -> bool:
             return all(
-                (slot.holder == mine and not slot.loose) or slot.state is SlotState.OPENING
+                slot.state is SlotState.OPENING
+                or (slot.state is SlotState.IN_USE and slot.holder == mine and not slot.loose)
                 for slot in self._machine.slots()
             )
 
@@ -887,7 +890,7 @@ class _Opening:
         with self._lock:
             late = self._given_up
             self._answer.put(answer)
-        if late and hasattr(answer, "close"):
+        if late and not isinstance(answer, Failure):
             answer.close()
 
     def wait(self, reporter: Reporter) -> Any:
@@ -982,8 +985,11 @@ def _warn_unreachable(name: str, failure: Failure) -> None:
 
 
 def _end_link(link: Any, order: Close) -> None:
-    if link.fd >= 0:
-        _watcher().remove(link.fd)  # before the close: numbers are reused
+    ref = order.slot.ref
+    if ref is not None and ref.watched:
+        # Before the close, since numbers are reused; and by the serial, since libpq closes a broken
+        # connection's socket by itself: the number may be another connection's already.
+        _watcher().remove(link.fd, ref.watched)
     if order.reason is Reason.ORPHANED:
         link.park()  # somebody may still hold the connection: its next use raises
     if order.discard:

@@ -120,7 +120,11 @@ class Link(Protocol[ConnT]):
         """One statement in autocommit: one round trip. Raises the driver's errors."""
 
     def commit(self) -> None:
-        """Commit if a transaction is open. Raises the driver's errors."""
+        """Commit if a transaction is open. Raises the driver's errors.
+
+        Raises, too, if the session broke and may have taken a transaction with it; not if the
+        borrower closed it.
+        """
 
     def tidy(self, seconds: float | None) -> bool:
         """Bring a link that `park` called unclean back: roll back, restore client-side settings.

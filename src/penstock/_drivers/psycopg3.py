@@ -190,8 +190,15 @@ class Psycopg3Link:
             cursor.execute(b"select " + calls, values, prepare=False)
 
     def commit(self) -> None:
-        """Commit if a transaction is open. The connection must be lent."""
-        if self.handle.transaction_status:
+        """Commit if a transaction is open. The connection must be lent.
+
+        A session that broke meanwhile took its transaction with it, and that raises, even if the
+        borrower has caught the error that told it: else a block would end well that was not
+        committed. One that the borrower closed does not: that was a wish.
+        """
+        if self.handle.transaction_status and not (
+            self.attributes["_closed"] or self.attributes["_autocommit"]
+        ):
             self.conn.commit()
 
     def tidy(self, seconds: float | None) -> bool:

@@ -79,6 +79,9 @@ LOOK_LATER: Final = 60.0
 IN_USE: Final = SlotState.IN_USE
 IDLE: Final = SlotState.IDLE
 
+#: The states of a slot whose connection somebody could still give back, or ping.
+_CONNECTED: Final = frozenset({IDLE, IN_USE, SlotState.PINGING})
+
 #: Connections that end for these reasons are not worth a farewell, or may be in somebody's hands.
 _DISCARDED: Final = frozenset(
     {Reason.HUNG_UP, Reason.BROKEN, Reason.UNCLEAN, Reason.UNANSWERED, Reason.ORPHANED}
@@ -416,6 +419,7 @@ class Machine:
         slot.link = ref.link
         successor = refer_to(slot, ref.serial, self.orphans, self.home)
         successor.borrows = ref.borrows
+        successor.watched = ref.watched
         self.refs[ref.serial] = successor  # the commit point: from here on `ref` is not current
         self.tally.orphaned += 1
         return [Close(slot, Reason.ORPHANED, discard=True)]
@@ -765,7 +769,7 @@ class Machine:
     def _connected(self) -> int:
         """How many connections there are that somebody could still give back, or ping."""
         counts = self.count()
-        return counts[IDLE] + counts[IN_USE] + counts[SlotState.PINGING]
+        return sum(counts[state] for state in _CONNECTED)
 
     def _refuse_all(self, refusal: Refusal, now: float) -> None:
         while (waiter := self._first_waiter(now)) is not None:
@@ -866,26 +870,34 @@ class Machine:
             orders.append(TickAt(due))
 
     def _due_times(self, now: float) -> Iterator[float]:
-        limits = self.limits
-        shrinkable = self._connected() > limits.min_size
-        look_later = False
+        """When each thing that time brings is due, as far as the hot path lets us know.
+
+        A slot's times only move later when it is borrowed, so a tick at an old one finds nothing to
+        do and orders the right one. What comes due while a slot is in use can be done only when it
+        is back, and giving back tells nobody: hence a look every LOOK_LATER seconds while there is
+        traffic. Once all were idle for ping_after, the next borrow comes the slow way and tells.
+        """
+        shrinkable = self._connected() > self.limits.min_size
+        traffic = False
         for slot in self.slots():
-            if slot.state is IDLE:
-                yield slot.retire_at
-                if shrinkable:
-                    yield slot.borrowed_at + limits.max_idle
-                # Borrowing does not tell us, and is to be found overdue. Once all were idle for
-                # ping_after, the next borrow comes the slow way and does.
-                look_later = look_later or now - slot.borrowed_at < self.ping_after
-            elif slot.state is IN_USE and not slot.told:
-                yield slot.borrowed_at + limits.overdue_after
-            # Giving back does not tell us either, and then it is to be retired or shrunk.
-            look_later = look_later or slot.state in {IN_USE, SlotState.PINGING}
-        if look_later:
-            yield now + min(limits.overdue_after, LOOK_LATER)
+            if slot.state in _CONNECTED:
+                in_use = slot.state is not IDLE
+                traffic = traffic or in_use or now - slot.borrowed_at < self.ping_after
+                for due in self._due_times_of(slot, shrinkable=shrinkable):
+                    if due > now or not in_use:
+                        yield due
+        if traffic:
+            yield now + min(self.limits.overdue_after, LOOK_LATER)
         outage = self.outage
         if outage is not None and not self.opening and self._may_grow():
             yield outage.next_for_waiters if self.waiters else outage.next_for_nobody
+
+    def _due_times_of(self, slot: Slot, *, shrinkable: bool) -> Iterator[float]:
+        yield slot.retire_at
+        if shrinkable:
+            yield slot.borrowed_at + self.limits.max_idle
+        if slot.state is IN_USE and not slot.told:
+            yield slot.borrowed_at + self.limits.overdue_after
 
 
 def _snapshot(place: deque[Slot]) -> list[Slot]:

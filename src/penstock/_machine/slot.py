@@ -178,14 +178,16 @@ class SlotRef(weakref.ref[Slot]):
         link: the driver's link, so that a freed slot's connection can be closed.
         borrows: how often the slot was lent and given back. Its owner writes, nobody locks.
         home: whatever the runtime needs to find the pool again.
+        watched: the runtime's number for its watch over the link's descriptor; 0: not watched.
     """
 
-    __slots__ = ("borrows", "home", "link", "serial")
+    __slots__ = ("borrows", "home", "link", "serial", "watched")
 
     serial: int
     link: Any
     borrows: int
     home: Any
+    watched: int
 
 
 def refer_to(
@@ -197,5 +199,6 @@ def refer_to(
     ref.link = slot.link
     ref.borrows = 0
     ref.home = home
+    ref.watched = 0
     slot.ref = ref
     return ref
