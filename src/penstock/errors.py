@@ -301,7 +301,7 @@ class PoolClosed(PenstockError):  # noqa: N818  a word users know
         return (
             f"{_pool(self.pool)} was closed {self.closed_seconds:.1f} s ago.\n"
             "  next step: look for who calls close() while there is work (an exit hook, a test's "
-            "end, a `with` block); make a new pool to go on"
+            "end, a `with` block); open() opens it again"
         )
 
 

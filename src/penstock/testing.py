@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from penstock._drivers.protocol import Activity, Diagnosis, Recipe, Reply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 class FakeClock:
@@ -285,6 +285,9 @@ class FakeLink:
 
     def set_autocommit(self, value: bool) -> None:
         self.conn.autocommit = value
+
+    def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        self._ask(f"set {', '.join(settings)}", begins=True)
 
     def execute(self, query: Any, params: Any = None) -> Reply:
         del params

@@ -491,13 +491,14 @@ class ConnectionPool(Generic[ConnT]):
                 "settings= was asked for with autocommit: they would end with their own statement",
                 "leave autocommit off for this borrow: settings last for its transaction",
             )
-        seconds = self._seconds(timeout)
-        deadline = clock() + seconds
+        left = self._seconds(timeout)
+        deadline = clock() + left
         while True:
-            slot = self._take_or_wait(max(0.0, deadline - clock()))
+            slot = self._take_or_wait(left)
             if self._check(slot):
                 break
             del slot
+            left = max(0.0, deadline - clock())
         try:
             self._equip(slot, autocommit, settings)
         except Exception as error:
@@ -513,8 +514,12 @@ class ConnectionPool(Generic[ConnT]):
         return slot
 
     def _check(self, slot: Slot) -> bool:
-        """The user's `check`: a connection for which it raises is closed, and another one taken."""
+        """Whether to lend it: not hung up, and the user's `check` does not raise; else it is closed."""
         check = self._config.check
+        if not watch.available() and slot.link.hung_up():
+            slot.link.park()
+            self._return(slot, Verdict.BROKEN)
+            return False
         if check is None:
             return True
         try:
@@ -927,7 +932,12 @@ def _has_global_lock() -> bool:
 def _wants_nothing_special(config: PoolConfig) -> bool:
     """Whether plain leases will do."""
     special = (config.on_borrow, config.check)
-    return config.reset == "rollback" and all(option is None for option in special)
+    # Where nobody watches (no epoll), each borrow looks at the socket, and leases are careful.
+    return (
+        watch.available()
+        and config.reset == "rollback"
+        and all(option is None for option in special)
+    )
 
 
 def _lease_class(driver: Any) -> type[Lease[Any]]:

@@ -586,3 +586,28 @@ def test_the_pool_unwatches_a_connection_by_its_serial(make_pool, monkeypatch, u
     until(lambda: pool.stats().size == 0)
     assert len(removed) == 1
     assert removed[0] > 0
+
+
+def test_where_nothing_watches_each_borrow_looks_at_the_socket(make_pool, server, monkeypatch):
+    from penstock import watch
+
+    monkeypatch.setattr(watch, "available", lambda: False)
+    pool = make_pool(min_size=0, max_size=2)
+    for borrower in [Borrower(pool), Borrower(pool)]:
+        borrower.wait()
+        borrower.end()
+    monkeypatch.setattr(watch.Watch, "add", lambda _self, _fd, _token: 0)
+    pool.drain()
+    pool.execute("select 1")
+    server.hang_up()
+    assert pool.execute("select 1").fetchall() == [(1,)]
+    assert server.pings == 0
+
+
+def test_settings_are_for_one_transaction(make_pool, server):
+    pool = make_pool()
+    with pool.connection(settings={"app.user": "ann"}) as conn:
+        conn.execute("select 1")
+    assert [text for _, text in server.statements] == ["set app.user", "select 1", "COMMIT"]
+    with pytest.raises(MisuseError, match="settings= was asked for with autocommit"):
+        pool.connection(autocommit=True, settings={"app.user": "ann"}).__enter__()
