@@ -16,7 +16,7 @@ from penstock._machine.slot import SlotState
 from tests.machine.test_simulation import PLAIN, simulate
 from tests.machine.walker import walk
 
-FIXED = settings(PLAIN, max_examples=200, derandomize=True, phases=[Stage.generate])
+FIXED = settings(PLAIN, max_examples=400, derandomize=True, phases=[Stage.generate])
 
 FAULTS: dict[str, type[Machine]] = {}
 
@@ -282,7 +282,6 @@ EASY = [
     "an orphan is lent again as it is",
     "a waiter who was served stays first in line and is served again",
     "a closed pool lends what is idle",
-    "a connection that is too old is lent",
     "the counters of a closed slot are not folded into the pool's",
     "newcomers are served first",
     "a waiter is served and not woken",
@@ -298,6 +297,6 @@ def test_hypothesis_finds_that(sentence):
 
 
 def test_nothing_is_found_where_nothing_was_planted():
-    simulate(Machine, FIXED)
+    simulate(Machine, settings(FIXED, max_examples=100))
     for seed in range(500):
         walk(seed)

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 from penstock._machine.machine import Machine, Verdict
 from penstock._machine.policy import Limits
 from penstock.testing import Mode
-from tests.machine.walker import walk
+from tests.machine.walker import DURATIONS, walk
 from tests.machine.world import World
 
 SOME = st.integers(0, 7)  # which one of those there are
@@ -119,9 +119,9 @@ class Simulation(RuleBasedStateMachine):
         self.world.wake_up(woken[which % len(woken)])
         self.world.check()
 
-    @rule(seconds=st.sampled_from([0.01, 0.2, 1.0, 6.0, 25.0, 45.0, 120.0]))
-    def time_passes(self, seconds: float) -> None:
-        self.world.let_pass(seconds)
+    @rule(seconds=st.sampled_from(DURATIONS), late=st.sampled_from([False, False, True]))
+    def time_passes(self, seconds: float, late: bool) -> None:
+        self.world.let_pass(seconds, late=late)
         self.world.check()
 
     @there_is("alarms")

@@ -106,7 +106,7 @@ class Walker:
     def _of_runtime(self) -> dict[str, Callable[[], object]]:
         world = self.world
         found: dict[str, Callable[[], object]] = {}
-        found["time"] = lambda: world.let_pass(self.random.choice(DURATIONS))
+        found["time"] = lambda: world.let_pass(self.random.choice(DURATIONS), late=self._seldom())
         found["tick"] = world.tick
         if world.alarms:
             found["alarm"] = world.next_alarm
