@@ -31,7 +31,7 @@ PATIENCE = 60.0  # seconds until a test gives up; never a pass mark
 
 def libc_fork() -> int:
     """Fork as uWSGI does by default: no at-fork hook of Python's runs."""
-    return ctypes.PyDLL(None).fork()
+    return int(ctypes.PyDLL(None).fork())
 
 
 def quiet_libc_fork() -> int:

@@ -232,6 +232,18 @@ def _bring_home(ref: SlotRef) -> None:
     pool = None if ref.home is None else ref.home()
     if pool is not None:
         pool._bring_home(ref)
+        return
+    for let_go in _strays:
+        let_go(ref)
+
+
+_strays: list[Callable[[SlotRef], object]] = []
+
+
+def on_stray(let_go: Callable[[SlotRef], object]) -> None:
+    """Call `let_go` with each slot's reference whose pool was garbage before the slot was."""
+    if let_go not in _strays:
+        _strays.append(let_go)
 
 
 # -- one per process ------------------------------------------------------------------------------

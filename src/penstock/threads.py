@@ -1013,6 +1013,19 @@ def _abandon_all(inherited: list[tuple[Any, bool]]) -> None:
         link.abandon(busy=busy)
 
 
+def _let_go_of(ref: SlotRef) -> None:
+    """In the keeper: a slot's pool is garbage, and so is the slot, but not yet its connection.
+
+    Without the watcher's reference Python closes it, politely, as soon as nobody holds it.
+    """
+    link, ref.link = ref.link, None
+    if link is not None and ref.watched:
+        _watcher().remove(link.fd, ref.watched)
+
+
+keeper.on_stray(_let_go_of)
+
+
 # -- one watcher per process ----------------------------------------------------------------------
 
 
