@@ -70,13 +70,19 @@ class Touched:
         return self.link.conn.autocommit != self.link._autocommit
 
 
-@pytest.fixture(params=[FakeDriver, ShapedDriver], ids=["Lease", "PgconnLease"])
-def make_pool(request, server, until):
-    """Makes pools of the fake server, and closes them."""
+@pytest.fixture(params=["Lease", "PgconnLease", "LockedMachine"])
+def make_pool(request, server, until, monkeypatch):
+    """Makes pools of the fake server, and closes them.
+
+    With each plain lease that there is, and with the machine for interpreters without a global lock.
+    """
     pools = []
+    driver = ShapedDriver if request.param == "PgconnLease" else FakeDriver
+    if request.param == "LockedMachine":
+        monkeypatch.setattr("penstock.threads._has_global_lock", lambda: False)
 
     def make(**options):
-        pool = ConnectionPool(driver=request.param(server), **{"timeout": PATIENCE, **options})
+        pool = ConnectionPool(driver=driver(server), **{"timeout": PATIENCE, **options})
         pools.append(pool)
         return pool
 
