@@ -20,6 +20,7 @@ import threading
 import time
 import types
 from pathlib import Path
+from typing import NamedTuple
 
 import penstock
 from penstock import keeper
@@ -48,13 +49,13 @@ class Tripwire:
     def run(self, act, k, *, hostile=False):
         """Run `act` with the wire at instruction k. Gives the interrupt's place, or None; and the count.
 
-        The place is (file, function, instruction) of where KeyboardInterrupt was raised. Nothing of
-        the exception is kept, as a program that goes on after Ctrl-C keeps nothing.
+        The place is where KeyboardInterrupt was raised. Nothing of the exception is kept, as a program
+        that goes on after Ctrl-C keeps nothing.
         """
         place = None
         try:
             self._module.arm(self._files, k, hostile)
-            act()
+            next(_by_itself(act))
             _look_for_signals()
         except KeyboardInterrupt as interrupt:
             place = _place(interrupt.__traceback__)
@@ -63,15 +64,32 @@ class Tripwire:
         return place, count
 
 
+def _by_itself(act):
+    """A generator has its own "exception being handled": a hostile one can leave it set for ever."""
+    yield act()
+
+
 def _look_for_signals():
     """The interpreter looks at the start of every function: whatever is pending is raised here."""
+
+
+class Place(NamedTuple):
+    """Where an exception was raised."""
+
+    file: str
+    function: str
+    line: int
+    instruction: int
+
+    def __str__(self):
+        return f"{Path(self.file).name}:{self.line} {self.function}() at {self.instruction}"
 
 
 def _place(traceback):
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
     code = traceback.tb_frame.f_code
-    return Path(code.co_filename).name, code.co_name, traceback.tb_lineno, traceback.tb_lasti
+    return Place(code.co_filename, code.co_name, traceback.tb_lineno, traceback.tb_lasti)
 
 
 def _build(folder: Path):
@@ -83,7 +101,12 @@ def _build(folder: Path):
         raise NoTripwire(f"{include}/Python.h (the system's python3-dev or python3-devel)")
     library = folder / f"tripwire{sysconfig.get_config_var('EXT_SUFFIX')}"
     source = Path(__file__).with_name("tripwire.c")
-    flags = ["-shared", "-fPIC", "-O1", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
+    flags = [
+        "-shared",
+        "-fPIC",
+        "-O1",
+        *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []),
+    ]
     subprocess.run([*compiler, *flags, f"-I{include}", source, "-o", library], check=True)
     spec = importlib.util.spec_from_file_location("tripwire", library)
     module = importlib.util.module_from_spec(spec)
@@ -110,15 +133,20 @@ def unmonitor(*files: str):
 
 def _codes(files):
     found = set()
-    queue = [
-        thing.__code__ for thing in gc.get_objects() if isinstance(thing, types.FunctionType)
-    ]
+    queue = [thing.__code__ for thing in gc.get_objects() if isinstance(thing, types.FunctionType)]
     while queue:
         code = queue.pop()
         if code not in found and code.co_filename.startswith(files):
             found.add(code)
             queue += [const for const in code.co_consts if isinstance(const, types.CodeType)]
     return found
+
+
+def end_keeper():
+    """Let the next use start a keeper as the first one in a process does."""
+    for old in tuple(keeper._keepers):
+        old.park(PATIENCE)
+    keeper._keepers.clear()
 
 
 # -- afterwards -----------------------------------------------------------------------------------
@@ -140,10 +168,8 @@ def faults_of(pool, sessions=None):
 
     Expects a pool whose min_size is its max_size. `sessions`: those that the server has, if known.
     """
-    faults = [*_locks_held(pool)]
-    faults += _not_home(pool)
-    faults += _cannot_borrow_all(pool)
-    faults += _not_home(pool)
+    # First what any program could do: nothing here may help before it has failed.
+    faults = _locks_held(pool) + _cannot_borrow_all(pool) + _not_home(pool)
     size = pool.stats().max_size
     if sessions is not None and not until(lambda: len(sessions) == size):
         faults.append(f"the server has {len(sessions)} sessions, not {size}")
@@ -198,7 +224,7 @@ def _cannot_borrow_all(pool):
     size = pool.stats().max_size
     conns, faults = [], []
     try:
-        for _ in range(size):
+        while len(conns) < size:
             conns.append(pool.getconn(timeout=PATIENCE))
     except penstock.PenstockError as error:
         faults.append(f"only {len(conns)} of {size} can borrow: {type(error).__name__}")

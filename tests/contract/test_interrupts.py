@@ -11,21 +11,30 @@ other threads hold, wait and give back.
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import linecache
 import signal
 import sys
 import threading
 from collections import deque
+from functools import partial
 from queue import SimpleQueue
+from typing import ClassVar
 
 import pytest
 
-from penstock import ConnectionPool, PoolTimeout, keeper
+from penstock import ConnectionPool, PoolClosed, PoolTimeout, keeper
 from penstock._machine.slot import SlotState
-from penstock.lease import Lease
-from tests.contract.interrupting import PATIENCE, NoTripwire, Tripwire, faults_of, unmonitor, until
-from tests.contract.sessions import Driver, NotLent
+from tests.contract.interrupting import (
+    PATIENCE,
+    NoTripwire,
+    Tripwire,
+    end_keeper,
+    faults_of,
+    unmonitor,
+    until,
+)
+from tests.contract.sessions import Driver
 
 STORM = 1000
 ASYNC_STORM = 300
@@ -69,10 +78,10 @@ class Others:
         """Take every connection; give them back at `join`."""
         self._hold(self._enough.is_set)
 
-    def wait(self, count):
+    def wait(self, count, *, mind_closing=True):
         """So many threads queue up for a connection, use it and give it back."""
         for _ in range(count):
-            self._start(self._borrow)
+            self._start(self._borrow if mind_closing else self._borrow_unless_closed)
         assert until(lambda: self.pool.stats().waiting == count)
 
     def join(self):
@@ -82,7 +91,7 @@ class Others:
             thread.join(PATIENCE)
         if any(thread.is_alive() for thread in self._threads):
             self.faults.append("a waiter was forgotten")
-            self.pool._tick()  # so that the test ends
+            self.pool.close(0)  # so that the test ends
         for thread in self._threads:
             thread.join()
         return self.faults
@@ -109,6 +118,10 @@ class Others:
             conn.commit()
             conn.check(claim)
 
+    def _borrow_unless_closed(self):
+        with contextlib.suppress(PoolClosed):
+            self._borrow()
+
     def _start(self, call):
         def run():
             try:
@@ -129,7 +142,7 @@ class Act:
 
     size = 2
     shapes = (True,)
-    options: dict = {}
+    options: ClassVar = {}
 
     def set_up(self, pool):
         """What others do meanwhile."""
@@ -139,7 +152,7 @@ class Act:
         raise NotImplementedError
 
     def clean_up(self, pool):
-        """What a program that was interrupted there would do."""
+        """What a program that was interrupted there would do. Gives the pool if it is another."""
 
 
 class Borrow(Act):
@@ -208,24 +221,24 @@ class BorrowWithOptions(Act):
 
 class BorrowFromAPoolWithHooks(BorrowAndCommit):
     shapes = (True,)
-    options = {"on_borrow": lambda conn: conn.query(), "check": lambda conn: conn.claim()}
+    options: ClassVar = {"on_borrow": lambda conn: conn.query(), "check": lambda conn: conn.claim()}
 
 
 class BorrowAfterAReset(BorrowAndCommit):
     shapes = (True,)
     size = 1
-    options = {"reset": "session"}
+    options: ClassVar = {"reset": "session"}
 
 
 class BorrowWithAPing(Borrow):
     shapes = (True,)
-    options = {"ping_after": 0}
+    options: ClassVar = {"ping_after": 0}
 
 
 class BorrowWithAPingThatFails(Borrow):
     shapes = (True,)
     size = 1
-    options = {"ping_after": 0}
+    options: ClassVar = {"ping_after": 0}
 
     def set_up(self, pool):
         super().set_up(pool)
@@ -336,6 +349,90 @@ class GiveWhileOneComes(Act):
             pool._look_again()
 
 
+class FirstBorrow(Act):
+    """In a process that has no keeper yet; also the pool is made there."""
+
+    def set_up(self, pool):
+        super().set_up(pool)
+        end_keeper()
+        self.pool = None
+
+    def run(self, pool):
+        self.pool = ConnectionPool(driver=pool._driver, min_size=2, max_size=2)
+        with self.pool.connection() as conn:
+            conn.claim()
+
+    def clean_up(self, pool):
+        return self.pool or new_pool(2)
+
+
+class OpenAndWait(Act):
+    """Opening a pool that was closed."""
+
+    def set_up(self, pool):
+        super().set_up(pool)
+        pool.close()
+
+    def run(self, pool):
+        pool.open(wait=True)
+
+    def clean_up(self, pool):
+        if pool.closed:
+            pool.open()
+
+
+class Close(Act):
+    """While one waits and one connection is lent."""
+
+    def set_up(self, pool):
+        super().set_up(pool)
+        self.others.hold_all()
+        self.others.wait(2, mind_closing=False)
+
+    def run(self, pool):
+        pool.close(timeout=0)
+
+    def clean_up(self, pool):
+        self.others.join()
+        if pool.closed:
+            pool.open()
+
+
+class Drain(Act):
+    def run(self, pool):
+        pool.drain()
+
+
+class DrainWhileOneWaits(Act):
+    size = 1
+
+    def set_up(self, pool):
+        super().set_up(pool)
+        self.lease = pool.connection()
+        self.lease.__enter__()
+        self.others.wait(1)
+
+    def run(self, pool):
+        pool.drain()
+        self.lease.__exit__(None, None, None)
+
+    def clean_up(self, pool):
+        self.lease = None
+
+
+class Resize(Act):
+    def set_up(self, pool):
+        super().set_up(pool)
+        pool.resize(1, 1)
+
+    def run(self, pool):
+        pool.resize(2, 2)
+
+    def clean_up(self, pool):
+        if pool.stats().max_size == 1:
+            pool.resize(2, 2)
+
+
 class Appended(deque):
     """An idle deque that shows the hidden waiters as soon as a slot is appended."""
 
@@ -368,6 +465,12 @@ ACTS = [
     GiveToOneAfterCommit,
     GiveToTwo,
     GiveWhileOneComes,
+    FirstBorrow,
+    OpenAndWait,
+    Close,
+    Drain,
+    DrainWhileOneWaits,
+    Resize,
 ]
 SHAPED_ACTS = [
     pytest.param(act, shaped, id=f"{act.__name__}-{'PgconnLease' if shaped else 'Lease'}")
@@ -403,12 +506,14 @@ def interrupt_everywhere(tripwire, act, *, hostile=False, stop_at=3, **options):
     while len(report.faults) < stop_at:
         k += 1
         act.set_up(pool)
-        place, count = tripwire.run(lambda: act.run(pool), k, hostile=hostile)
+        place, count = tripwire.run(partial(act.run, pool), k, hostile=hostile)
         held = release_locks(pool) if hostile else 0
         if held:
             report.locks_held.append(place)
-        act.clean_up(pool)
-        faults = act.others.join() + faults_of(pool, pool._driver.sessions)
+        left = act.clean_up(pool) or pool
+        faults = act.others.join() + faults_of(
+            left, None if left is not pool else pool._driver.sessions
+        )
         report.faults += [f"instruction {k}, {place}: {fault}" for fault in faults]
         if place is not None:
             report.interrupts += 1
@@ -446,6 +551,5 @@ def test_an_exception_at_every_instruction_holds_at_most_a_lock_at_the_end_of_it
     report = interrupt_everywhere(tripwire, act(), hostile=True, shaped=shaped)
     assert not report.faults, "\n".join(report.faults)
     assert report.interrupts > 10
-    for file, function, line, _ in report.locks_held:
-        source = linecache.getline(file, line)
-        assert "with self._lock:" in source, f"{file}: {function}: {source}"
+    for place in report.locks_held:
+        assert "with self._lock:" in linecache.getline(place.file, place.line), str(place)
