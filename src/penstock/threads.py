@@ -325,11 +325,9 @@ class ConnectionPool(Generic[ConnT]):
                 closed all the same, with a warning, and they are closed when they come back.
         """
         _notice_fork()  # else it would end the parent's sessions
-        with self._lock:
-            was_open = self._machine.phase is Phase.OPEN
-            orders = self._machine.close(clock())
-            self._reporter.closed_at = clock()
-        self._carry_out_here(orders)
+        was_open = self._machine.phase is Phase.OPEN
+        self._reporter.closed_at = clock()
+        self._move(self._machine.close, self._carry_out_here)
         if was_open:
             self._wait_until_empty(timeout)
 
@@ -344,9 +342,7 @@ class ConnectionPool(Generic[ConnT]):
         For new credentials, a new address, a changed search_path of the role.
         """
         _notice_fork()
-        with self._lock:
-            orders = self._machine.drain(clock())
-        self._carry_out(orders)
+        self._move(self._machine.drain)
 
     def resize(self, min_size: int, max_size: int | None = None) -> None:
         """Change the pool's limits; what is too much is closed when it is idle.
@@ -361,9 +357,7 @@ class ConnectionPool(Generic[ConnT]):
         _notice_fork()
         max_size = min_size if max_size is None else max_size
         self._config = self._config.replace(min_size=min_size, max_size=max_size)
-        with self._lock:
-            orders = self._machine.resize(min_size, max_size, clock())
-        self._carry_out(orders)
+        self._move(partial(self._machine.resize, min_size, max_size))
 
     def __enter__(self) -> Self:
         self.open()
@@ -628,6 +622,20 @@ class ConnectionPool(Generic[ConnT]):
             orders = self._machine.returned(slot, clock(), verdict, suspect=suspect)
         self._carry_out(orders)
 
+    def _move(
+        self,
+        decide: Callable[[float], list[Order]],
+        carry_out: Callable[[list[Order]], None] | None = None,
+    ) -> None:
+        """A move of the pool as a whole; what an interrupt cuts off, the keeper does."""
+        try:
+            with self._lock:
+                orders = decide(clock())
+            (carry_out or self._carry_out)(orders)
+        except BaseException:
+            self._cut_short()
+            raise
+
     def _look_again(self) -> None:
         with self._lock:
             orders = self._machine.look_again(clock())
@@ -755,13 +763,11 @@ class ConnectionPool(Generic[ConnT]):
     # -- waiting for the pool as a whole ----------------------------------------------------------
 
     def _open(self) -> None:
-        with self._lock:
-            if self._machine.phase is Phase.OPEN:
-                return
-            orders = self._machine.open(clock())
-            self._reporter.opened_at = clock()
-            self._reporter.closed_at = None
-        self._carry_out(orders)
+        if self._machine.phase is Phase.OPEN:
+            return
+        self._reporter.opened_at = clock()
+        self._reporter.closed_at = None
+        self._move(self._machine.open)
 
     def _wait_until_open(self, seconds: float) -> None:
         deadline = clock() + seconds

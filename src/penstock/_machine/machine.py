@@ -441,6 +441,7 @@ class Machine:
 
     def close(self, now: float) -> list[Order]:
         """Refuse everybody from now on; idle connections end now, those in use when given back."""
+        self.epoch += 1  # first: whoever gives back from now on comes the slow way and sees the rest
         self.phase = Phase.CLOSED
         orders = self.drain(now)
         self._refuse_all(Refusal.CLOSED, now)
@@ -481,7 +482,7 @@ class Machine:
         """
         orders: list[Order] = []
         self.armed = float("inf")
-        self._audit()
+        self._audit(now)
         self._end_old(now, orders)
         self._warn_overdue(now, orders)
         self._report_outage(now, orders)
@@ -843,11 +844,13 @@ class Machine:
 
     # -- time -------------------------------------------------------------------------------------
 
-    def _audit(self) -> None:
+    def _audit(self, now: float) -> None:
         """Repair what an interrupt between two statements can leave behind."""
         for serial in list(self.opening):
             if serial not in self.refs:
                 self.opening.pop(serial, None)
+        if self.phase is Phase.CLOSED:
+            self._refuse_all(Refusal.CLOSED, now)
 
     def _warn_overdue(self, now: float, orders: list[Order]) -> None:
         for slot in self.slots():
