@@ -9,6 +9,7 @@ import queue
 import socket
 import threading
 import time
+from typing import Any, ClassVar
 
 import psycopg
 import pytest
@@ -28,7 +29,7 @@ from penstock import (
 
 @pytest.fixture
 def pool_of(server):
-    made = []
+    made: list[ConnectionPool] = []
 
     def make(conninfo=None, **options):
         conninfo = conninfo or server.conninfo(over="unix")
@@ -43,8 +44,8 @@ def pool_of(server):
 @pytest.fixture
 def borrowers():
     """Threads that are joined at the end, and whose errors are the test's."""
-    threads, errors = [], []
-    releases = []
+    threads: list[threading.Thread] = []
+    errors: list[BaseException] = []
 
     def start(call, *arguments):
         def run():
@@ -57,10 +58,8 @@ def borrowers():
         threads[-1].start()
         return threads[-1]
 
-    start.releases = releases
     yield start
-    for release in releases:
-        release()
+    Holder.let_all_go()
     for thread in threads:
         thread.join(PATIENCE)
     assert not any(thread.is_alive() for thread in threads)
@@ -71,10 +70,12 @@ def borrowers():
 class Holder:
     """Somebody in another thread who has a connection until told."""
 
+    all: ClassVar[list[Any]] = []
+
     def __init__(self, pool, start):
         self.holds, self.may_go = threading.Event(), threading.Event()
         self.pool = pool
-        start.releases.append(self.may_go.set)
+        self.all.append(self)
         self.thread = start(self._run)
         assert self.holds.wait(PATIENCE)
 
@@ -83,6 +84,11 @@ class Holder:
             conn.execute("select 1")
             self.holds.set()
             assert self.may_go.wait(PATIENCE)
+
+    @classmethod
+    def let_all_go(cls):
+        while cls.all:
+            cls.all.pop().may_go.set()
 
     def let_go(self):
         self.may_go.set()
@@ -258,7 +264,7 @@ def test_close_gives_up_on_borrowers_after_its_timeout_and_names_them(pool_of, b
 def test_close_wakes_those_who_wait(pool_of, borrowers):
     pool = pool_of(max_size=1)
     holder = Holder(pool, borrowers)
-    told = queue.SimpleQueue()
+    told: queue.SimpleQueue[PoolClosed] = queue.SimpleQueue()
 
     def wait():
         with pytest.raises(PoolClosed) as caught:
@@ -579,7 +585,7 @@ def test_a_pickled_pool_is_a_fresh_one_with_the_same_options(server):
 
 def test_a_wrong_option_is_told_when_the_pool_is_made():
     with pytest.raises(ConfigError, match="did you mean 'max_size'"):
-        ConnectionPool("", maxsize=3)
+        ConnectionPool("", maxsize=3)  # type: ignore[call-overload]
     with pytest.raises(ConfigError, match="min_size"):
         ConnectionPool("", min_size=3, max_size=2)
 

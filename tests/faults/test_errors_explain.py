@@ -182,7 +182,7 @@ def test_a_wrong_password_is_known_without_reading_the_servers_words(german_serv
     assert count.opened == 2
     assert "Passwort-Authentifizierung" in str(caught.value)
     assert (caught.value.heals, caught.value.sqlstate) in {(False, "28P01"), (False, None)}
-    assert caught.value.waited < PATIENCE / 2
+    assert (caught.value.waited or 0) < PATIENCE / 2
 
 
 def _refusal_of(server):
@@ -232,7 +232,7 @@ def test_what_cannot_heal_is_told_at_once(words, sqlstate, text, server, pool_of
     with pytest.raises(ServerUnavailable, match=text) as caught:
         pool.open(wait=True, timeout=PATIENCE)
     assert (caught.value.sqlstate, caught.value.heals) == (sqlstate, False)
-    assert caught.value.waited < PATIENCE / 2
+    assert (caught.value.waited or 0) < PATIENCE / 2
 
 
 def test_a_role_at_its_connection_limit_says_so_and_is_served_when_there_is_room(server, pool_of):
@@ -246,10 +246,10 @@ def test_a_role_at_its_connection_limit_says_so_and_is_served_when_there_is_room
     other.close()
     assert pool.execute("select 1", timeout=PATIENCE).fetchone() == (1,)
     # One is open now, and no more can be had: who waits is told both, and gets it when it is back.
-    with pool.connection(), pytest.raises(PoolTimeout) as caught:
+    with pool.connection(), pytest.raises(PoolTimeout) as full:
         _in_thread(lambda: pool.execute("select 1", timeout=0.7))
-    assert "1 of 3 in use" in str(caught.value)
-    assert "too many connections" in str(caught.value.__cause__)
+    assert "1 of 3 in use" in str(full.value)
+    assert "too many connections" in str(full.value.__cause__)
     pool.close()
     until(lambda: not server.execute("select 1 from pg_stat_activity where usename = 'crowded'"))
     server.execute("drop role crowded")
@@ -415,10 +415,10 @@ UNREADABLE = {  # not a parameter of the test: it would be a local variable ther
 def test_a_conninfo_that_cannot_be_read_is_not_quoted(why, from_callable, pool_of, caplog):
     caplog.set_level(logging.DEBUG)
     pool = pool_of(conninfo=(lambda: UNREADABLE[why]) if from_callable else UNREADABLE[why])
-    with pytest.raises(PenstockError) as caught:
+    with pytest.raises(ServerUnavailable) as caught:
         pool.open(wait=True, timeout=PATIENCE)
     assert WRONG not in everything_said_by(caught.value) + caplog.text + repr(pool)
-    assert caught.value.waited < PATIENCE / 2
+    assert (caught.value.waited or 0) < PATIENCE / 2
 
 
 def test_a_password_in_kwargs_is_not_told(strict_server, pool_of, caplog):
@@ -531,7 +531,7 @@ def test_a_configure_that_leaves_a_transaction_open_is_told(pool_of):
 
 
 def test_a_check_that_raises_costs_a_connection_and_not_the_borrower(pool_of):
-    refused = []
+    refused: list[object] = []
 
     def check(conn):
         if len(refused) < 2:

@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import psycopg
 import pytest
@@ -100,7 +102,7 @@ def test_a_hundred_forks_under_load_disturb_nobody(over, request):
     with ConnectionPool(
         server.conninfo(over=over), min_size=0, max_size=6, timeout=PATIENCE, name=f"forks-{over}"
     ) as pool:
-        inherited = set()
+        inherited: set[int] = set()
         with Hammer(pool) as hammer:
             until(lambda: len(hammer.backends) == 6, "six sessions in use")
             before = sessions(server, pool)
@@ -131,7 +133,7 @@ def test_forks_without_hooks_are_noticed_at_the_next_borrow(over, request):
     ) as pool:
         pool.open(wait=True)
         before = sessions(server, pool)
-        theirs = set()
+        theirs: set[int] = set()
         for _ in range(10):
             answer = Child(
                 functools.partial(ask_and_fork, pool, quiet_libc_fork), fork=quiet_libc_fork
@@ -217,8 +219,15 @@ def test_an_inherited_lease_raises_in_the_child_and_goes_on_in_the_parent(server
             assert conn.execute("select n from here order by n").fetchall() == [(1,), (3,)]
 
 
+BORROWS: dict[str, Callable[[ConnectionPool], Any]] = {
+    "connection": lambda pool: pool.connection(),
+    "careful": lambda pool: pool.connection(autocommit=False),
+    "dedicated": lambda pool: pool.dedicated(),
+}
+
+
 @pytest.mark.parametrize("fork", [HOOKED, UNHOOKED])
-@pytest.mark.parametrize("way", ["connection", "getconn", "careful", "dedicated"])
+@pytest.mark.parametrize("way", [*BORROWS, "getconn"])
 def test_leaving_an_inherited_block_in_the_child_commits_nothing_of_the_parents(way, fork, server):
     """The child returns from within the parent's `with`: gunicorn's preload does such things."""
     with ConnectionPool(server.conninfo(over="unix"), name=f"leave-{way}", max_size=2) as pool:
@@ -226,15 +235,11 @@ def test_leaving_an_inherited_block_in_the_child_commits_nothing_of_the_parents(
         with contextlib.ExitStack() as parents:
             if way == "getconn":
                 conn = pool.getconn()
-                block = contextlib.ExitStack()
+                block: Any = contextlib.ExitStack()
                 block.callback(pool.putconn, conn)
                 parents.enter_context(block)
             else:
-                block = {
-                    "connection": pool.connection,
-                    "careful": lambda: pool.connection(autocommit=False),
-                    "dedicated": pool.dedicated,
-                }[way]()
+                block = BORROWS[way](pool)
                 conn = parents.enter_context(block)
             backend = conn.info.backend_pid
             conn.execute("create temp table here (n int) on commit preserve rows")
@@ -279,7 +284,7 @@ def test_a_child_that_exits_through_the_interpreter_leaves_the_parents_sessions(
             import atexit
             import gc
 
-            threading._shutdown()
+            threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
             gc.collect()
 

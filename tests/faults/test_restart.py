@@ -52,11 +52,11 @@ def over(request):
 def own_server(over, request):
     """A server to mistreat, with TLS if that is asked for."""
     if over != "tls":
-        return request.getfixturevalue("fresh_server")
-    request.getfixturevalue("tls_server")  # skips where there is none
-    running = Server(tls=True, binaries=request.getfixturevalue("tls_server").binaries).start()
-    request.addfinalizer(running.close)
-    return running
+        yield request.getfixturevalue("fresh_server")
+        return
+    with_tls = request.getfixturevalue("tls_server")  # skips where there is none
+    with Server(tls=True, binaries=with_tls.binaries) as running:
+        yield running
 
 
 @pytest.mark.parametrize("mode", ["fast", "kill"])
@@ -223,6 +223,7 @@ def test_a_stopped_server_is_named_as_the_cause(fresh_server, caplog):
         assert isinstance(caught.value.__cause__, psycopg.OperationalError)
         assert "refused" in str(caught.value)
         assert caught.value.heals
+        assert caught.value.counts is not None
         assert caught.value.counts.max_size == 2
         health = pool.health()
         assert (health.live, health.ready) == (True, False)
