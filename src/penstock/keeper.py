@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from penstock import fork
@@ -79,8 +80,8 @@ class Keeper:
 
     def submit(self, job: Job) -> None:
         """Run `job` in a worker. It may block."""
-        self._jobs.put(job)
-        self._ensure_worker()
+        # The keeper starts the workers: no signal can strike it between the job and the start.
+        self.tell(partial(self._hand_to_worker, job))
 
     def call_at(self, pool: weakref.ref[Kept], when: float) -> None:
         """Have the pool ticked at `when`, or earlier."""
@@ -104,6 +105,10 @@ class Keeper:
                 return
             self._thread = threading.Thread(target=self._run, name="penstock-keeper", daemon=True)
             _try_to_start(self._thread)
+
+    def _hand_to_worker(self, job: Job) -> None:
+        self._jobs.put(job)
+        self._ensure_worker()
 
     def _ensure_worker(self) -> None:
         with self._lock:
@@ -142,7 +147,8 @@ class Keeper:
     # -- the keeper's thread ----------------------------------------------------------------------
 
     def _run(self) -> None:
-        while self._lap():
+        # A start that was interrupted may have succeeded, and another one been made: one goes on.
+        while self._thread is threading.current_thread() and self._lap():
             pass
 
     def _lap(self) -> bool:
@@ -263,12 +269,12 @@ _making = [threading.RLock()]
 
 
 def _make() -> Keeper:
-    with _making[0]:
-        if not _keepers:
-            _keepers.append(Keeper())
     fork.on_before(_park)
     fork.on_after_in_parent(_unpark)
     fork.on_after_in_child(_forget)
+    with _making[0]:
+        if not _keepers:
+            _keepers.append(Keeper())  # last: an interrupt before it leaves all of this to the next
     return _keepers[0]
 
 

@@ -209,6 +209,8 @@ class ConnectionPool(Generic[ConnT]):
             self._getconns[id(conn)] = slot
             return conn  # type: ignore[no-any-return]  # a slot's link is opaque to the machine
         except BaseException:
+            if slot is not None:
+                self._getconns.pop(id(slot.link.conn), None)
             slot = None
             self._cut_short()
             raise
@@ -399,6 +401,7 @@ class ConnectionPool(Generic[ConnT]):
         if self._machine.phase is Phase.NEW and self._config.open:
             self._open()
         seconds = self._seconds(timeout)
+        keeper.current().ensure_running()  # what an interrupt left behind is its to bring home
         gate: queue.SimpleQueue[None] = queue.SimpleQueue()
         waiter = Waiter(get_ident(), partial(gate.put, None))
         try:

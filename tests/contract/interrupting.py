@@ -170,10 +170,19 @@ def faults_of(pool, sessions=None):
     """
     # First what any program could do: nothing here may help before it has failed.
     faults = _locks_held(pool) + _cannot_borrow_all(pool) + _not_home(pool)
+    if not until(_one_keeper):
+        faults.append("there are several keepers")
     size = pool.stats().max_size
     if sessions is not None and not until(lambda: len(sessions) == size):
         faults.append(f"the server has {len(sessions)} sessions, not {size}")
     return faults
+
+
+def _one_keeper():
+    """Whether all keepers but one have ended; one too many ends when it gets something to do."""
+    keeper.current().tell(bool)
+    names = [thread.name for thread in threading.enumerate() if thread.is_alive()]
+    return names.count("penstock-keeper") == 1
 
 
 def _locks_held(pool):
