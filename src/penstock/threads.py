@@ -221,13 +221,9 @@ class ConnectionPool(Generic[ConnT]):
         Raises:
             MisuseError: this connection is not lent by this pool (given back twice, or another's).
         """
-        slot = self._getconns.pop(id(conn), None)
+        slot = None
         try:
-            if slot is None or slot.link.conn is not conn:
-                raise self._reporter.misuse(
-                    "putconn() got a connection that is not lent by getconn() of this pool",
-                    "give each connection back once, to the pool that it came from",
-                )
+            slot = self._lent(self._getconns.pop(id(conn), None), conn)
             slot.loose = False
             if self._plain and slot.link.park():
                 answer = self._machine.put(slot)
@@ -559,6 +555,14 @@ class ConnectionPool(Generic[ConnT]):
         if failure is not None:
             raise failure
 
+    def _lent(self, slot: Slot | None, conn: ConnT) -> Slot:
+        if slot is not None and slot.link.conn is conn:
+            return slot
+        raise self._reporter.misuse(
+            "putconn() got a connection that is not lent by getconn() of this pool",
+            "give each connection back once, to the pool that it came from",
+        )
+
     def _give_back_unfinished(self, slot: Slot) -> None:
         """putconn() of a connection that is not simply clean: roll back, and say so."""
         activity = slot.link.activity()
@@ -606,7 +610,7 @@ class ConnectionPool(Generic[ConnT]):
         link.lend()
         try:
             reset(link.conn)
-        except Exception:
+        except Exception:  # noqa: BLE001  raising is how a reset says that it could not
             _log.exception("pool %r: reset= raised; the connection is closed", self.name)
             link.park()
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ class ShapedDriver(FakeDriver):
     pgconn_shaped = True
 
     def open(self, recipe, seconds):
-        link = super().open(recipe, seconds)
+        link: Any = super().open(recipe, seconds)
         link.attributes = Attributes(link)
         link.handle = Handle(link)
         link.dead = None

@@ -219,7 +219,7 @@ def test_a_borrower_that_would_wait_for_itself_is_told_at_once(make_pool):
 def test_two_borrowers_that_would_wait_for_each_other_are_told(make_pool, until):
     pool = make_pool(max_size=2)
     other_has, both_have = threading.Event(), threading.Event()
-    ended = []
+    ended: list[object] = []
 
     def other():
         with pool.connection():
@@ -390,8 +390,8 @@ def test_a_pool_travels_to_another_process_as_a_new_pool_with_its_options(server
 
 
 def test_every_borrow_can_be_prepared_by_on_borrow_and_refused_by_check(make_pool, until):
-    seen = []
-    refused = []
+    seen: list[object] = []
+    refused: list[object] = []
 
     def check(conn):
         if not refused:
@@ -424,7 +424,7 @@ def test_a_session_reset_is_sent_at_the_return_and_read_by_the_next_borrower(mak
 
 
 def test_a_reset_callable_cleans_every_returned_connection(make_pool):
-    cleaned = []
+    cleaned: list[object] = []
     pool = make_pool(max_size=1, reset=cleaned.append)
     with pool.connection() as conn:
         pass

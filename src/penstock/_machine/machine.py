@@ -441,7 +441,8 @@ class Machine:
 
     def close(self, now: float) -> list[Order]:
         """Refuse everybody from now on; idle connections end now, those in use when given back."""
-        self.epoch += 1  # first: whoever gives back from now on comes the slow way and sees the rest
+        # First: whoever gives back from now on comes the slow way and sees the rest.
+        self.epoch += 1
         self.phase = Phase.CLOSED
         orders = self.drain(now)
         self._refuse_all(Refusal.CLOSED, now)
