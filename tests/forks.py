@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
 _SHOWN = ("State", "voluntary", "nonvoluntary")
 
@@ -73,6 +74,27 @@ def until(condition: Callable[[], Any], what: str = "", seconds: float = PATIENC
     return found
 
 
+class Bell:
+    """A pipe through which one process tells another that it may go on; nobody waits for ever."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+
+    def ring(self) -> None:
+        os.write(self._writer, b"!")
+
+    def wait(self, seconds: float = PATIENCE) -> None:
+        assert select.select([self._reader], [], [], seconds)[0], "nobody rang"
+        os.read(self._reader, 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._reader)
+        os.close(self._writer)
+
+
 class Child:
     """A forked child that runs `work` and answers with what it returned.
 
@@ -111,6 +133,7 @@ class Child:
         return json.loads(body)
 
     def kill(self) -> None:
+        """End it with no chance to do anything, and wait until it is gone."""
         os.kill(self.pid, signal.SIGKILL)
         os.close(self._reader)
         os.waitpid(self.pid, 0)

@@ -5,15 +5,16 @@ import functools
 import itertools
 import multiprocessing
 import os
-import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import psycopg
 import pytest
-from tests.forks import PATIENCE, Child, quiet_libc_fork, until
+from tests.forks import PATIENCE, Bell, Child, quiet_libc_fork, until
 
 from penstock import ConnectionPool
 
@@ -319,8 +320,6 @@ print("fine", pool.stats().closed)
 
 
 def run_python(code, *arguments):
-    import subprocess
-
     return subprocess.run(
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code, *arguments],
         capture_output=True, text=True, timeout=PATIENCE, check=False,
@@ -336,18 +335,16 @@ def test_a_child_that_is_killed_leaves_the_parents_sessions(server):
     with ConnectionPool(server.conninfo(over="unix"), name="killed", max_size=2) as pool:
         first = ask(pool)
         before = sessions(server, pool)
-        ready, told = os.pipe()
 
         def use_and_hang():
             with pool.connection() as conn:
                 conn.execute("select 1")
-                os.write(told, b"!")
-                signal.pause()
+                in_use.ring()
+                time.sleep(PATIENCE)  # until it is killed
 
-        child = Child(use_and_hang)
-        assert os.read(ready, 1) == b"!"
-        os.close(ready)
-        os.close(told)
+        with Bell() as in_use:
+            child = Child(use_and_hang)
+            in_use.wait()
         assert len(sessions(server, pool)) == 2
         child.kill()
         until(lambda: sessions(server, pool) == before, "the killed child's session is gone")
@@ -356,9 +353,8 @@ def test_a_child_that_is_killed_leaves_the_parents_sessions(server):
 
 @pytest.mark.parametrize("fork", [HOOKED, UNHOOKED])
 def test_the_sessions_of_a_killed_parent_go_though_its_child_lives(fork, server):
-    ready, told = os.pipe()
-    go, let_go = os.pipe()
     name = "parent-hooks" if fork is os.fork else "parent-libc"
+    in_all = f"select pid from pg_stat_activity where application_name like '%/{name}/%'"
 
     def parent():
         pool = ConnectionPool(server.conninfo(over="unix"), min_size=2, max_size=3, name=name)
@@ -368,25 +364,26 @@ def test_the_sessions_of_a_killed_parent_go_though_its_child_lives(fork, server)
 
             def child():
                 ask(pool)  # without hooks it is the first use that notices
-                os.write(told, b"%d\n" % pool.stats().opened)
-                os.read(go, 1)
-                return ask(pool)
+                in_use.ring()
+                let_go.wait()
 
             Child(child, fork=fork)
-            signal.pause()
+            time.sleep(PATIENCE)  # until it is killed
 
-    child_of_mine = Child(parent)
-    assert os.read(ready, 10).strip()
-    everything = f"select pid from pg_stat_activity where application_name like '%/{name}/%'"
-    of_child = f"{everything} and application_name not like '%/{child_of_mine.pid}'"
-    theirs = until(lambda: server.execute(of_child), "the child's session")
-    assert len(server.execute(everything)) > len(theirs)
-    child_of_mine.kill()
-    until(lambda: server.execute(everything) == theirs, "only the child's sessions are left")
-    os.write(let_go, b"!")
-    until(lambda: not server.execute(everything), "the child is gone, too")
-    for end in (ready, told, go, let_go):
-        os.close(end)
+    with Bell() as in_use, Bell() as let_go:
+        first = Child(parent)
+        in_child = f"{in_all} and application_name not like '%/{first.pid}' order by 1"
+        try:
+            in_use.wait()
+            until(lambda: len(server.execute(in_child)) == 2, "the child's min_size")
+            theirs = server.execute(in_child)
+            assert len(server.execute(in_all)) == 4
+            first.kill()
+            until(lambda: len(server.execute(in_all)) == 2, "the killed parent's are gone")
+            assert server.execute(in_child) == theirs
+        finally:
+            let_go.ring()
+    until(lambda: not server.execute(in_all), "the child is gone, too")
 
 
 def use_in_process(pool, results):
