@@ -152,10 +152,10 @@ def end_keeper():
 # -- afterwards -----------------------------------------------------------------------------------
 
 
-def until(condition, patience=PATIENCE):
+def until(condition):
     """Wait until it holds; whether it does."""
     never = threading.Event()
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -169,7 +169,10 @@ def faults_of(pool, sessions=None):
     Expects a pool whose min_size is its max_size. `sessions`: those that the server has, if known.
     """
     # First what any program could do: nothing here may help before it has failed.
-    faults = _locks_held(pool) + _cannot_borrow_all(pool) + _not_home(pool)
+    faults = _locks_held(pool)
+    if faults:
+        return faults  # nothing else would ever end
+    faults = _cannot_borrow_all(pool) + _not_home(pool)
     if not until(_one_keeper):
         faults.append("there are several keepers")
     size = pool.stats().max_size

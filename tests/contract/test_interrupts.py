@@ -12,7 +12,9 @@ other threads hold, wait and give back.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import linecache
+import random
 import signal
 import sys
 import threading
@@ -25,8 +27,10 @@ import pytest
 
 from penstock import ConnectionPool, PoolClosed, PoolTimeout, keeper
 from penstock._machine.slot import SlotState
+from penstock.clock import clock
+from penstock.lease import PgconnLease
+from tests.contract import interrupting
 from tests.contract.interrupting import (
-    PATIENCE,
     NoTripwire,
     Tripwire,
     end_keeper,
@@ -88,7 +92,7 @@ class Others:
         """Whoever waits is served now, or was forgotten: it must not be helped by a borrow of ours."""
         self._enough.set()
         for thread in self._threads:
-            thread.join(PATIENCE)
+            thread.join(interrupting.PATIENCE)
         if any(thread.is_alive() for thread in self._threads):
             self.faults.append("a waiter was forgotten")
             self.pool.close(0)  # so that the test ends
@@ -213,7 +217,7 @@ class Execute(Act):
 
 class BorrowWithOptions(Act):
     def run(self, pool):
-        with pool.connection(timeout=PATIENCE, settings={"work_mem": "64MB"}) as conn:
+        with pool.connection(timeout=interrupting.PATIENCE, settings={"work_mem": "64MB"}) as conn:
             conn.query()
         with pool.connection(autocommit=True) as conn:
             conn.claim()
@@ -262,7 +266,7 @@ class WaitAndGetWithOptions(WaitAndGet):
     shapes = (True,)
 
     def run(self, pool):
-        with pool.connection(timeout=PATIENCE) as conn:
+        with pool.connection(timeout=interrupting.PATIENCE) as conn:
             conn.claim()
 
 
@@ -479,6 +483,10 @@ SHAPED_ACTS = [
 ]
 
 
+#: Starting a thread is not penstock's code: at any instruction of it is more than is claimed.
+HOSTILE_ACTS = [param for param in SHAPED_ACTS if param.values[0] is not FirstBorrow]
+
+
 class Report:
     """What interrupting an act at every instruction found."""
 
@@ -519,6 +527,7 @@ def interrupt_everywhere(tripwire, act, *, hostile=False, stop_at=3, **options):
             report.interrupts += 1
             report.places.add(place)
         if faults:
+            release_locks(pool)
             pool = new_pool(act.size, **options)
         if count < k:
             report.instructions = count
@@ -544,7 +553,7 @@ def test_a_signal_at_every_point_loses_nothing(tripwire, act, shaped):
     assert report.interrupts > 10
 
 
-@pytest.mark.parametrize(("act", "shaped"), SHAPED_ACTS)
+@pytest.mark.parametrize(("act", "shaped"), HOSTILE_ACTS)
 def test_an_exception_at_every_instruction_holds_at_most_a_lock_at_the_end_of_its_with(
     tripwire, act, shaped
 ):
@@ -553,3 +562,226 @@ def test_an_exception_at_every_instruction_holds_at_most_a_lock_at_the_end_of_it
     assert report.interrupts > 10
     for place in report.locks_held:
         assert "with self._lock:" in linecache.getline(place.file, place.line), str(place)
+
+
+# -- faults planted, to see them found ------------------------------------------------------------
+
+
+class PutsBack(PgconnLease):
+    """A guard that puts the slot back when it cannot know whether it has gone back."""
+
+    __slots__ = ()
+
+    def __exit__(self, exc_type, error, traceback):
+        slot = self._slot
+        self._slot = None
+        try:
+            slot.link.park()
+            self._pool._machine.put(slot)
+        except BaseException:
+            self._pool._machine.idle.append(slot)
+            raise
+
+
+class PoolWithAGuardThatPutsBack(ConnectionPool):
+    def _set_up(self, config):
+        super()._set_up(config)
+        self._lease = PutsBack
+
+
+class PoolThatTakesItsLockBeforeTheTry(ConnectionPool):
+    def _return(self, slot, verdict, *, suspect=False):
+        self._lock.acquire()
+        try:
+            orders = self._machine.returned(slot, clock(), verdict, suspect=suspect)
+        finally:
+            self._lock.release()
+        self._carry_out(orders)
+
+
+class PoolThatLooksOnlyOnce(ConnectionPool):
+    def _cut_short(self):
+        """No guard has the move completed."""
+
+
+class PoolThatForgetsOrphans(ConnectionPool):
+    def _new_machine(self, config):
+        machine = super()._new_machine(config)
+        machine.orphans = deque(maxlen=1).append
+        return machine
+
+
+@pytest.mark.parametrize(
+    ("kind", "act", "fault"),
+    [
+        (PoolWithAGuardThatPutsBack, Borrow, "lent twice"),
+        (PoolThatTakesItsLockBeforeTheTry, BorrowAndCommit, "the pool's lock is held"),
+        (PoolThatLooksOnlyOnce, GiveToOne, "a waiter was forgotten"),
+        (PoolThatForgetsOrphans, Borrow, "not everything came home"),
+    ],
+)
+def test_a_planted_fault_is_found(tripwire, monkeypatch, kind, act, fault):
+    monkeypatch.setattr(interrupting, "PATIENCE", 0.5)
+    report = interrupt_everywhere(tripwire, act(), kind=kind, stop_at=1)
+    assert fault in "\n".join(report.faults)
+
+
+# -- storms ---------------------------------------------------------------------------------------
+
+
+class Borrower:
+    """Borrows, uses and gives back, for ever, in all of a pool's ways; `struck` by what is thrown."""
+
+    def __init__(self, pool, rng, struck, strikes):
+        self.pool = pool
+        self.rng = rng
+        self.struck = struck
+        self.strikes = strikes
+        self.survived = 0
+        self.rounds = 0
+        self.faults = []
+        self._conn = None
+
+    def run(self, ready):
+        """Until it was struck often enough. `ready` is called when it can be struck, once each time."""
+        while self.survived < self.strikes and not self.faults:
+            try:
+                ready()
+                self._work()
+            except self.struck:
+                self.survived += 1
+            except Exception as error:
+                self.faults.append(repr(error))
+            self._put_back()
+
+    def work_until(self, enough):
+        """Never struck."""
+        try:
+            while not enough():
+                self.use()
+        except Exception as error:
+            self.faults.append(repr(error))
+
+    def _work(self):
+        while True:
+            self.use()
+
+    def use(self):
+        self.rounds += 1
+        way = self.rng.random()
+        if way < 0.1:
+            self.pool.execute("select 1")
+        elif way < 0.2:
+            self._conn = self.pool.getconn()
+            self._query(self._conn)
+            # Else putconn() warns, and logging's handlers lose their lock to an interrupt (they call
+            # acquire() before the try), which then stops everybody who logs.
+            self._conn.commit()
+            self.pool.putconn(self._conn)
+            self._conn = None
+        elif way < 0.3:
+            with self.pool.connection(timeout=interrupting.PATIENCE, autocommit=True) as conn:
+                self._query(conn)
+        else:
+            with self.pool.connection() as conn:
+                self._query(conn)
+
+    def _query(self, conn):
+        claim = conn.claim()
+        for _ in range(self.rng.randrange(20)):
+            conn.query()
+        if self.rng.random() < 0.5:
+            conn.commit()
+        conn.check(claim)
+
+    def _put_back(self):
+        conn, self._conn = self._conn, None
+        if conn is not None and self.pool._getconns.get(id(conn)) is not None:
+            self._put_if_ours(conn)
+
+    def _put_if_ours(self, conn):
+        slot = self.pool._getconns.get(id(conn))
+        if slot is not None and slot.link.conn is conn:
+            self.pool.putconn(conn)
+
+
+@pytest.fixture
+def often():
+    """Threads change places all the time, so that an interrupt meets all of them anywhere."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def alarms():
+    """SIGALRM does what Ctrl-C does."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("shaped", [True, False])
+def test_a_thousand_signals_at_random_moments_lose_nothing(shaped, rng, often, alarms):
+    pool = new_pool(3, shaped=shaped)
+    workers = [Borrower(pool, random.Random(rng.random()), (), 0) for _ in range(4)]
+    over = threading.Event()
+    threads = [
+        threading.Thread(target=worker.work_until, args=(over.is_set,)) for worker in workers
+    ]
+    for thread in threads:
+        thread.start()
+    main = Borrower(pool, rng, KeyboardInterrupt, STORM)
+    main.run(lambda: signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3)))
+    over.set()
+    for thread in threads:
+        thread.join(interrupting.PATIENCE)
+    report_storm(pool, main, *workers)
+    assert not any(thread.is_alive() for thread in threads), "a waiter was forgotten"
+    assert main.survived == STORM
+    assert not [fault for one in (main, *workers) for fault in one.faults]
+    assert not faults_of(pool, pool._driver.sessions)
+
+
+class Struck(BaseException):
+    """Thrown into a thread."""
+
+
+def test_exceptions_thrown_into_threads_at_random_moments_lose_nothing(rng, often):
+    pool = new_pool(3)
+    ready = SimpleQueue()
+    share = ASYNC_STORM // 4
+    workers = [Borrower(pool, random.Random(rng.random()), Struck, share) for _ in range(4)]
+    threads = [
+        threading.Thread(target=worker.run, args=(lambda: ready.put(threading.get_ident()),))
+        for worker in workers
+    ]
+    for thread in threads:
+        thread.start()
+    never = threading.Event()
+    for _ in range(share * len(workers)):
+        ident = ready.get(timeout=interrupting.PATIENCE)
+        never.wait(rng.uniform(0, 1e-3))
+        throw(ident, Struck)
+    for thread in threads:
+        thread.join(interrupting.PATIENCE)
+    report_storm(pool, *workers)
+    assert not any(thread.is_alive() for thread in threads), "a waiter was forgotten"
+    assert not [fault for worker in workers for fault in worker.faults]
+    assert not faults_of(pool, pool._driver.sessions)
+
+
+def throw(ident, error):
+    set_async = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    assert set_async(ctypes.c_ulong(ident), ctypes.py_object(error)) == 1
+
+
+def report_storm(pool, *borrowers):
+    stats = pool.stats()
+    print(
+        f"{sys.version.split()[0]}: {sum(one.survived for one in borrowers)} strikes, "
+        f"{sum(one.rounds for one in borrowers)} borrows begun, {stats.orphaned} slots brought home, "
+        f"longest wait {stats.longest_wait * 1e3:.1f} ms"
+    )
