@@ -229,7 +229,10 @@ BORROWS: dict[str, Callable[[ConnectionPool], Any]] = {
 
 @pytest.mark.parametrize("fork", [HOOKED, UNHOOKED])
 @pytest.mark.parametrize("way", [*BORROWS, "getconn"])
-def test_leaving_an_inherited_block_in_the_child_commits_nothing_of_the_parents(way, fork, server):
+@pytest.mark.parametrize("error", [None, KeyError()], ids=["end", "error"])
+def test_leaving_an_inherited_block_in_the_child_ends_nothing_of_the_parents(
+    error, way, fork, server
+):
     """The child returns from within the parent's `with`: gunicorn's preload does such things."""
     with ConnectionPool(server.conninfo(over="unix"), name=f"leave-{way}", max_size=2) as pool:
         ask(pool)
@@ -246,8 +249,8 @@ def test_leaving_an_inherited_block_in_the_child_commits_nothing_of_the_parents(
             conn.execute("create temp table here (n int) on commit preserve rows")
 
             def leave():
-                with contextlib.suppress(psycopg.Error):
-                    block.__exit__(None, None, None)
+                with contextlib.suppress(psycopg.Error, KeyError):
+                    block.__exit__(error and KeyError, error, None)
                 return ask(pool)
 
             assert Child(leave, fork=fork).answer() != backend
