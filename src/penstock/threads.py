@@ -660,18 +660,21 @@ class ConnectionPool(Generic[ConnT]):
     # -- orders -----------------------------------------------------------------------------------
 
     def _carry_out(self, orders: list[Order]) -> None:
-        for order in orders:
-            self._carry_out_one(order, keeper.current().tell)
+        """Carry out and forget: a caller's list must not hold a slot that others borrow by now."""
+        orders.reverse()
+        while orders:
+            self._carry_out_one(orders.pop(), keeper.current().tell)
 
     def _carry_out_here(self, orders: list[Order]) -> None:
         """Close in the calling thread: for close(), which is to have closed when it returns."""
-        for order in orders:
-            self._carry_out_one(order, _call)
+        orders.reverse()
+        while orders:
+            self._carry_out_one(orders.pop(), _call)
 
     def _carry_out_one(self, order: Order, close: Callable[[Callable[[], object]], object]) -> None:
         match order:
             case Open(slot):
-                keeper.current().submit(partial(self._open_slot, slot))
+                keeper.current().submit(partial(self._open_slot, [slot]))
             case Close():
                 close(partial(self._close_slot, order))
             case TickAt(when):
@@ -681,8 +684,13 @@ class ConnectionPool(Generic[ConnT]):
             case ReportOutage(seconds):
                 self._report_outage(seconds)
 
-    def _open_slot(self, slot: Slot) -> None:
-        """In a worker: open a connection for this slot."""
+    def _open_slot(self, place: list[Slot]) -> None:
+        """In a worker: open a connection for the slot in this place.
+
+        Neither the job nor this frame holds the slot once the machine has it: else one that was lent
+        and dropped would not come home, and would look as if its borrower had it still.
+        """
+        slot = place.pop()
         try:
             link = self._opener.open(CONNECT_SECONDS)
         except BaseException as error:  # noqa: BLE001  also a SystemExit of a user's callable
@@ -695,6 +703,7 @@ class ConnectionPool(Generic[ConnT]):
         with self._lock:
             outage = self._machine.outage
             orders = self._machine.opened(slot, link, clock())
+            del slot
         self._carry_out(orders)
         self._tell_watchers()
         if outage is not None:

@@ -158,6 +158,9 @@ class Act:
     def clean_up(self, pool):
         """What a program that was interrupted there would do. Gives the pool if it is another."""
 
+    def clean_up_after_the_impossible(self, pool):
+        """What else is needed where the interrupt came at a place that no signal can reach."""
+
 
 class Borrow(Act):
     shapes = (True, False)
@@ -200,6 +203,11 @@ class GetAndPut(Act):
         conn, self.conn = self.conn, None
         if conn is not None and id(conn) in pool._getconns:
             pool.putconn(conn)
+
+    def clean_up_after_the_impossible(self, pool):
+        # Between getconn()'s table of lent connections and the program's variable no signal can come.
+        for slot in list(pool._getconns.values()):
+            pool.putconn(slot.link.conn)
 
 
 class GetAndPutUnfinished(GetAndPut):
@@ -519,6 +527,8 @@ def interrupt_everywhere(tripwire, act, *, hostile=False, stop_at=3, **options):
         if held:
             report.locks_held.append(place)
         left = act.clean_up(pool) or pool
+        if hostile:
+            act.clean_up_after_the_impossible(pool)
         faults = act.others.join() + faults_of(
             left, None if left is not pool else pool._driver.sessions
         )
@@ -562,6 +572,24 @@ def test_an_exception_at_every_instruction_holds_at_most_a_lock_at_the_end_of_it
     assert report.interrupts > 10
     for place in report.locks_held:
         assert "with self._lock:" in linecache.getline(place.file, place.line), str(place)
+
+
+def test_whoever_opened_a_slot_does_not_hold_it_any_more():
+    """Else a slot that is dropped by its borrower does not come home: it has another holder."""
+    pool = ConnectionPool(driver=Driver(), min_size=1, max_size=1)
+    dropped = SimpleQueue()
+
+    def take_and_drop():  # in the worker, as soon as it has told the machine
+        dropped.put(pool._machine._pop().ref)
+
+    pool._watchers.append(take_and_drop)
+    orders = pool._machine.open(clock())
+    pool._carry_out(orders)
+    ref = dropped.get(timeout=interrupting.PATIENCE)
+    pool._watchers.remove(take_and_drop)
+    assert ref() is None
+    assert orders == []
+    assert not faults_of(pool)
 
 
 # -- faults planted, to see them found ------------------------------------------------------------
