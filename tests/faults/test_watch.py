@@ -69,6 +69,11 @@ def watcher(heard: queue.SimpleQueue[Any]) -> Iterator[Watch]:
     made.close()
 
 
+def watchers() -> set[threading.Thread]:
+    """The watchers' threads of this process: a pool of another test may have one, too."""
+    return {thread for thread in threading.enumerate() if thread.name == "penstock-watch"}
+
+
 def fence(watcher: Watch, ends: Ends, heard: queue.SimpleQueue[Any]) -> list[Any]:
     """Wait until the watcher has dealt with everything before this: one hang-up of our own."""
     ours, theirs = ends.pair()
@@ -228,6 +233,7 @@ def test_a_thread_that_cannot_stop_in_time_goes_on_after_the_start(ends: Ends) -
             go_on.wait(PATIENCE)
         heard.put((token, fd))
 
+    others = watchers()
     watcher = Watch(slow)
     try:
         ours, theirs = ends.pair()
@@ -238,7 +244,7 @@ def test_a_thread_that_cannot_stop_in_time_goes_on_after_the_start(ends: Ends) -
         watcher.start()
         go_on.set()
         assert fence(watcher, ends, heard) == [("slow", ours.fileno())]
-        assert sum(t.name == "penstock-watch" for t in threading.enumerate()) == 1
+        assert len(watchers() - others) == 1
     finally:
         go_on.set()
         watcher.close()
@@ -306,7 +312,7 @@ def test_an_epoll_closed_by_somebody_else_ends_the_thread_instead_of_spinning(
     try:
         ours, theirs = ends.pair()
         watcher.add(ours.fileno(), "x")
-        thread = next(t for t in threading.enumerate() if t.name == "penstock-watch")
+        thread = watcher._run.thread  # not another watcher's of this process
         watcher._ep.close()
         os.eventfd_write(watcher._wake, 1)  # a thread inside poll holds the epoll: get it out
         thread.join(PATIENCE)

@@ -196,9 +196,12 @@ class Psycopg3Link:
         borrower has caught the error that told it: else a block would end well that was not
         committed. One that the borrower closed does not: that was a wish.
         """
-        if self.handle.transaction_status and not (
+        status = self.handle.transaction_status
+        if status == TransactionStatus.UNKNOWN and (
             self.attributes["_closed"] or self.attributes["_autocommit"]
         ):
+            return
+        if status != TransactionStatus.IDLE:
             self.conn.commit()
 
     def tidy(self, seconds: float | None) -> bool:
