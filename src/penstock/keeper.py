@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 #: Connections being opened at the same time, per process. A connect costs the server a fork of a
 #: process of its own and some milliseconds of CPU; more at a time do not come sooner.
 CONNECT_CONCURRENCY: Final = 16
+
+#: How long a fork waits for connect workers, in seconds: to end takes one a tenth of a millisecond.
+FINISH_SECONDS: Final = 0.005
 
 _log = logging.getLogger("penstock")
 
@@ -69,6 +73,8 @@ class Keeper:
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._workers: set[threading.Thread] = set()
+        # Workers that have nothing to do any more, and may not be gone yet.
+        self._leaving: deque[threading.Thread] = deque(maxlen=CONNECT_CONCURRENCY)
         self._parked = False
 
     # -- what pools ask for -----------------------------------------------------------------------
@@ -122,13 +128,25 @@ class Keeper:
             self.inbox.put(self._work)
 
     def park(self, seconds: float) -> None:
-        """Before a fork: end the thread for a moment. Workers that connect are not waited for."""
-        thread = self._thread
-        if thread is None or not thread.is_alive() or thread is threading.current_thread():
+        """Before a fork: end the threads for a moment.
+
+        Workers have FINISH_SECONDS: enough to end after what was asked of them, as it is when open()
+        has returned; one that waits for a server is not waited for.
+        """
+        deadline = clock() + seconds
+        thread, mine = self._thread, threading.current_thread()
+        workers = [*self._workers, *self._leaving]
+        if thread is mine or mine in workers or (thread is None and not workers):
             return
         self._parked = True
         self.inbox.put(_stop)
-        fork.wait_gone(thread, seconds)
+        if thread is not None:
+            fork.wait_gone(thread, seconds)
+        finish = min(deadline, clock() + FINISH_SECONDS)
+        # Once more: it may have started one, before it was told to stop.
+        for worker in [*self._workers, *self._leaving]:
+            fork.wait_gone(worker, max(0.0, finish - clock()))
+        self._leaving.clear()
 
     def unpark(self) -> None:
         """After the fork, in the parent: go on, with the same thread if it had no time to end."""
@@ -213,6 +231,7 @@ class Keeper:
         # Under the lock: whoever puts a job in looks under it whether a worker is there.
         with self._lock:
             if self._jobs.empty():
+                self._leaving.append(threading.current_thread())
                 self._workers.discard(threading.current_thread())
                 return False
             return True
