@@ -22,7 +22,20 @@ ROOT = Path(__file__).parent.parent / "src"
 FLOORS = (
     {"_machine"},
     {"_drivers", "config", "errors", "events", "clock", "result"},
-    {"threads", "aio", "keeper", "watch", "fork", "lease", "opening", "reports", "drivers"},
+    {
+        "threads",
+        "aio",
+        "keeper",
+        "watch",
+        "fork",
+        "lease",
+        "opening",
+        "reports",
+        "drivers",
+        "borrowing",
+        "upkeep",
+        "dedicated",
+    },
     {"pools"},
     {"integrations", "compat", "observe"},
     {""},  # penstock/__init__.py: the public names, nothing else

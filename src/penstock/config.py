@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypedDict, get_origin
 
+from penstock._machine.policy import Limits
 from penstock.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -136,6 +137,19 @@ class PoolConfig:
         """
         refuse_unknown(changes, pool=self.name)
         return dataclasses.replace(self, **changes)
+
+    def limits(self) -> Limits:
+        """Give the part that the machine decides by; None becomes "for ever"."""
+        return Limits(
+            min_size=self.min_size,
+            max_size=self.max_size,
+            max_waiting=self.max_waiting,
+            max_lifetime=_or_forever(self.max_lifetime),
+            max_idle=_or_forever(self.max_idle),
+            ping_after=_or_forever(self.ping_after),
+            overdue_after=_or_forever(self.overdue_after),
+            fifo=self.order == "fifo",
+        )
 
     def __repr__(self) -> str:
         parts = [f"{key}={self._shown(key)}" for key, default in _DEFAULTS.items()
@@ -270,6 +284,10 @@ _FOREIGN = {
     "dsn": "conninfo", "url": "conninfo", "connect_args": "kwargs", "setup": "on_borrow",
     "init": "configure", "pool_name": "name",
 }  # fmt: skip
+
+
+def _or_forever(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
 
 
 def refuse_unknown(options: Mapping[str, object], *, pool: str | None = None) -> None:

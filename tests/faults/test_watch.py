@@ -312,6 +312,7 @@ def test_an_epoll_closed_by_somebody_else_ends_the_thread_instead_of_spinning(
     try:
         ours, theirs = ends.pair()
         watcher.add(ours.fileno(), "x")
+        assert watcher._run is not None
         thread = watcher._run.thread  # not another watcher's of this process
         watcher._ep.close()
         os.eventfd_write(watcher._wake, 1)  # a thread inside poll holds the epoll: get it out

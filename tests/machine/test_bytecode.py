@@ -11,7 +11,18 @@ import penstock
 from tests.machine.guarded_loops import in_bytecode, in_source
 
 HOUSE = Path(penstock.__file__).parent
-NAMES = ["threads", "aio", "lease", "keeper", "watch", "fork", "opening"]
+NAMES = [
+    "threads",
+    "aio",
+    "lease",
+    "keeper",
+    "watch",
+    "fork",
+    "opening",
+    "borrowing",
+    "upkeep",
+    "dedicated",
+]
 FILES = [
     *sorted(HOUSE.glob("_machine/*.py")),
     *(path for name in NAMES if (path := HOUSE / f"{name}.py").exists()),

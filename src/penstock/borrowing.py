@@ -1,0 +1,365 @@
+"""The slow half of a borrow: waiting for a slot, making sure of it, and giving it back unclean.
+
+One job: everything between a borrower and the machine that is not the hot path (`lease.py`).
+
+It must not know: how connections are opened and closed (`upkeep.py`), when to grow and whom to serve
+(the machine). It takes the pool's `_lock` for one move at a time, never while it waits, pings, rolls
+back or runs the user's code.
+
+Interrupts: whoever holds a slot in a local variable drops it when an exception passes; the slot then
+comes home by itself (`slot.py`). A waiter's guard gives an untouched slot to the next in line.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from contextlib import suppress
+from functools import partial
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, Final
+
+from penstock import fork, keeper, watch
+from penstock._drivers.protocol import Activity
+from penstock._machine.machine import Phase, Verdict, Waiter
+from penstock._machine.slot import Slot, SlotState
+from penstock.clock import clock
+from penstock.errors import ConfigError
+from penstock.upkeep import Upkeep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+#: How long bringing a connection back to a clean state may take at the return, in seconds: a
+#: rollback is one round trip, and a server that does not answer it in this time is not there.
+TIDY_SECONDS: Final = 5.0
+
+#: A ping may use this share of what the borrower has left, so that there is time for another
+#: connection if it is not answered; at most PING_SECONDS, and at least LEAST_PING_SECONDS, since a
+#: connection is not to be closed because its borrower was in a hurry.
+PING_SHARE: Final = 0.5
+PING_SECONDS: Final = 5.0
+LEAST_PING_SECONDS: Final = 0.1
+
+FOREVER: Final = float("inf")
+
+_log = logging.getLogger("penstock")
+
+
+class Borrowing(Upkeep):
+    """What a borrower meets when no fit connection is idle, or when he gives back an unclean one."""
+
+    _driver: Any
+    _timeout: float
+
+    # -- a borrow that finds nothing idle ---------------------------------------------------------
+
+    def _borrow_slowly(self, timeout: float | None = None) -> Slot:
+        """A slot that may be used as it is, in use by the calling thread; or an error."""
+        notice_fork()
+        if self._machine.phase is Phase.NEW and self._config.open:
+            self._open()
+        seconds = self._seconds(timeout)
+        keeper.current().ensure_running()  # what an interrupt left behind is its to bring home
+        gate: queue.SimpleQueue[None] = queue.SimpleQueue()
+        waiter = Waiter(get_ident(), partial(gate.put, None))
+        try:
+            with self._lock:
+                orders = self._machine.queue_up(waiter, clock())
+            self._carry_out(orders)
+            return self._wait(waiter, gate, seconds)
+        except BaseException:
+            self._leave_queue(waiter)
+            raise
+
+    def _wait(self, waiter: Waiter, gate: queue.SimpleQueue[None], seconds: float) -> Slot:
+        began = clock()
+        while True:
+            slot = self._receive(waiter, gate, seconds, began)
+            if slot.state is SlotState.IN_USE:
+                return slot
+            if self._make_sure(slot, waiter, began + seconds - clock()):
+                return slot
+            del slot  # it goes back to be closed; do not keep it alive while waiting again
+
+    def _receive(
+        self, waiter: Waiter, gate: queue.SimpleQueue[None], seconds: float, began: float
+    ) -> Slot:
+        """What was given to the waiter, as soon as something is; raises when nothing is."""
+        while waiter.slot is None and waiter.refusal is None:
+            left = began + seconds - clock()
+            if left <= 0:
+                break
+            _sleep_at(gate, left)
+        slot = waiter.slot
+        waiter.slot = None
+        if slot is not None:
+            return slot
+        if waiter.refusal is None:
+            slot = self._time_out(waiter)
+            if slot is not None:
+                return slot
+        raise self._reporter.error(waiter.refusal, seconds, clock() - began)
+
+    def _time_out(self, waiter: Waiter) -> Slot | None:
+        """The time is up: leave the queue, unless something came at the last moment."""
+        with self._lock:
+            slot = waiter.slot
+            waiter.slot = None
+            orders = self._machine.give_up(waiter, clock(), timed_out=slot is None)
+        self._carry_out(orders)
+        return slot
+
+    def _leave_queue(self, waiter: Waiter) -> None:
+        """An exception passes: leave the queue. What was given and not touched goes to the next."""
+        if waiter.ticket == 0:
+            return
+        with self._lock:
+            orders = self._machine.give_up(waiter, clock(), timed_out=False)
+        self._carry_out(orders)
+
+    def _make_sure(self, slot: Slot, waiter: Waiter, left: float) -> bool:
+        """Ping a slot that is in doubt, or read the answer to its reset; the borrower's own time."""
+        seconds = max(LEAST_PING_SECONDS, min(PING_SECONDS, left * PING_SHARE))
+        if slot.reset_pending:
+            slot.reset_pending = False
+            alive = slot.link.finish_reset(seconds)
+        else:
+            alive = slot.link.ping(seconds)
+        with self._lock:
+            if alive:
+                orders = self._machine.pinged(slot, clock())
+            else:
+                orders = self._machine.ping_failed(slot, waiter, clock())
+        self._carry_out(orders)
+        return bool(alive)
+
+    # -- a borrow with options --------------------------------------------------------------------
+
+    def _borrow_carefully(
+        self,
+        timeout: float | None,
+        autocommit: bool | None,
+        settings: Mapping[str, Any] | None,
+    ) -> Slot:
+        if settings and (self._config.autocommit if autocommit is None else autocommit):
+            raise self._reporter.misuse(
+                "settings= was asked for with autocommit: they would end with their own statement",
+                "leave autocommit off for this borrow: settings last for its transaction",
+            )
+        left = self._seconds(timeout)
+        deadline = clock() + left
+        while True:
+            slot = self._take_or_wait(left)
+            if self._check(slot):
+                break
+            del slot
+            left = max(0.0, deadline - clock())
+        try:
+            self._equip(slot, autocommit, settings)
+        except Exception as error:
+            self._give_back(slot, error)
+            raise
+        return slot
+
+    def _take_or_wait(self, seconds: float) -> Slot:
+        slot = self._machine.take(clock(), get_ident()) if fork.page[0] else None
+        if slot is None:
+            slot = self._borrow_slowly(seconds)
+        slot.link.lend()
+        return slot
+
+    def _check(self, slot: Slot) -> bool:
+        """Whether to lend it: not hung up, and the user's `check` does not raise; else it is closed."""
+        check = self._config.check
+        if not watch.available() and slot.link.hung_up():
+            slot.link.park()
+            self._return(slot, Verdict.BROKEN)
+            return False
+        if check is None:
+            return True
+        try:
+            check(slot.link.conn)
+        except Exception:  # noqa: BLE001  raising is how a check says no
+            slot.link.park()
+            self._return(slot, Verdict.UNCLEAN)
+            return False
+        return True
+
+    def _equip(
+        self, slot: Slot, autocommit: bool | None, settings: Mapping[str, Any] | None
+    ) -> None:
+        link = slot.link
+        if autocommit is not None:
+            link.set_autocommit(autocommit)
+        if self._config.on_borrow is not None:
+            self._config.on_borrow(link.conn)
+        if settings:
+            link.apply_settings(settings)
+
+    # -- giving back what is not simply clean -----------------------------------------------------
+
+    def _give_back(self, slot: Slot, error: BaseException | None) -> None:
+        """End the transaction and bring the slot back to the machine, whatever state it is in.
+
+        `error` is what leaves the block; None commits. Raises what the commit raises, after the
+        slot has gone back.
+        """
+        notice_fork()  # a commit here would be on the parent's session
+        failure: Exception | None = None
+        try:
+            if error is None:
+                failure = self._commit(slot)
+            verdict = self._verdict(slot, clean_up=True)
+            self._return(slot, verdict, suspect=self._is_suspect(error or failure))
+        except BaseException:
+            slot = None  # type: ignore[assignment]  # drop it: it comes home by itself
+            raise
+        if failure is not None:
+            raise failure
+
+    def _give_back_unfinished(self, slot: Slot) -> None:
+        """putconn() of a connection that is not simply clean: roll back, and say so."""
+        activity = slot.link.activity()
+        if activity not in {Activity.IDLE, Activity.BROKEN}:
+            _log.warning(
+                "pool %r: a connection was given back %s: rolled back. Commit, or use "
+                "`with pool.connection()`.",
+                self.name,
+                activity.value,
+            )
+        self._give_back(slot, GivenBack())
+
+    def _commit(self, slot: Slot) -> Exception | None:
+        link = slot.link
+        if link.activity() in {Activity.IDLE, Activity.ACTIVE}:
+            return None
+        link.park()  # a plain lease has parked it already, a careful one has not
+        link.lend()
+        try:
+            link.commit()
+        except Exception as error:  # noqa: BLE001  raised by the caller once the slot is back
+            return error
+        return None
+
+    def _verdict(self, slot: Slot, *, clean_up: bool) -> Verdict:
+        link = slot.link
+        clean = link.park()
+        if link.activity() is Activity.BROKEN:
+            return Verdict.BROKEN
+        reset = self._config.reset
+        if not clean:
+            clean = clean_up and reset is not None and link.tidy(TIDY_SECONDS)
+        if clean and reset == "session":
+            clean = slot.reset_pending = link.start_reset()
+        elif clean and callable(reset):
+            clean = self._call_reset(reset, link)
+        if not clean and link.activity() is Activity.ACTIVE:
+            _log.warning(
+                "pool %r: a connection was given back while a statement was under way: closed",
+                self.name,
+            )
+        return Verdict.CLEAN if clean else Verdict.UNCLEAN
+
+    def _call_reset(self, reset: Callable[[Any], object], link: Any) -> bool:
+        link.lend()
+        try:
+            reset(link.conn)
+        except Exception:  # noqa: BLE001  raising is how a reset says that it could not
+            _log.exception("pool %r: reset= raised; the connection is closed", self.name)
+            link.park()
+            return False
+        return bool(link.park())
+
+    def _is_suspect(self, error: BaseException | None) -> bool:
+        """Whether `error` says that other sessions are not to be trusted either."""
+        return error is not None and bool(
+            self._driver.ends_session(error, read_write=self._config.read_write)
+        )
+
+    def _return(self, slot: Slot, verdict: Verdict, *, suspect: bool = False) -> None:
+        if suspect and verdict is Verdict.CLEAN:
+            verdict = Verdict.BROKEN  # a session that is read-only after a failover still answers
+        with self._lock:
+            orders = self._machine.returned(slot, clock(), verdict, suspect=suspect)
+        self._carry_out(orders)
+
+    # -- waiting for the pool as a whole ----------------------------------------------------------
+
+    def _open(self) -> None:
+        if self._machine.phase is Phase.OPEN:
+            return
+        self._reporter.opened_at = clock()
+        self._reporter.closed_at = None
+        self._move(self._machine.open)
+
+    def _wait_until_empty(self, seconds: float) -> None:
+        mine = get_ident()
+
+        def empty() -> bool:
+            return all(
+                slot.state is SlotState.OPENING
+                or (slot.state is SlotState.IN_USE and slot.holder == mine and not slot.loose)
+                for slot in self._machine.slots()
+            )
+
+        if not self._wait_until(empty, clock() + seconds):
+            lent = self._reporter.counts().in_use
+            _log.warning(
+                "pool %r: closed with %d connections still lent; each is closed when it is given "
+                "back: %s",
+                self.name,
+                lent,
+                "; ".join(map(str, self._reporter.holders())),
+            )
+
+    def _wait_until(self, condition: Callable[[], bool], deadline: float) -> bool:
+        """Look at `condition` after each connection that was opened, closed or given up."""
+        gate: queue.SimpleQueue[None] = queue.SimpleQueue()
+        tell = partial(gate.put, None)
+        self._watchers.append(tell)
+        try:
+            return _wait_for(condition, gate, deadline)
+        finally:
+            self._watchers.remove(tell)
+
+    def _alive(self) -> int:
+        counts = self._reporter.counts()
+        return counts.idle + counts.in_use + counts.pinging
+
+    # -- small things -----------------------------------------------------------------------------
+
+    def _seconds(self, timeout: float | None) -> float:
+        if timeout is None:
+            return self._timeout
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise ConfigError(
+                "timeout", repr(timeout), "a number of seconds or None", pool=self.name
+            )
+        return max(0.0, timeout)
+
+
+class GivenBack(Exception):  # noqa: N818  never raised: it stands for "roll back" in putconn()
+    """What putconn() tells a lease instead of an exception, to have it rolled back."""
+
+
+def notice_fork() -> None:
+    """In a child that ran no at-fork hook: let go of what was inherited, before touching it."""
+    if not fork.page[0]:
+        fork.noticed()
+
+
+def _sleep_at(gate: queue.SimpleQueue[None], seconds: float) -> None:
+    with suppress(queue.Empty):
+        gate.get(timeout=None if seconds == FOREVER else seconds)
+
+
+def _wait_for(
+    condition: Callable[[], bool], gate: queue.SimpleQueue[None], deadline: float
+) -> bool:
+    while not condition():
+        left = deadline - clock()
+        if left <= 0:
+            return False
+        _sleep_at(gate, left)
+    return True

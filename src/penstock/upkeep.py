@@ -1,0 +1,271 @@
+"""The half of a pool that works in the keeper's thread and its workers: it carries out orders.
+
+One job: open and close connections as the machine orders, have the watcher look after them, tick,
+bring orphaned slots home, and say in the log what people should know.
+
+It must not know: who waits for what, how a connection is given back, what the user called. It takes
+the pool's `_lock` for one move of the machine at a time, and never while it connects or closes.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from penstock import keeper, watch
+from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TickAt
+from penstock._machine.slot import Reason, Slot, SlotRef
+from penstock.clock import clock
+from penstock.errors import PenstockError
+from penstock.opening import CONNECT_SECONDS, Failure
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+
+    from penstock._machine.machine import Machine
+    from penstock.config import PoolConfig
+    from penstock.opening import Opener
+    from penstock.reports import Reporter
+
+_log = logging.getLogger("penstock")
+
+
+class Upkeep:
+    """What the keeper sees of a pool."""
+
+    name: str
+    _config: PoolConfig
+    _lock: threading.RLock
+    _machine: Machine
+    _opener: Opener
+    _reporter: Reporter
+    _getconns: dict[int, Slot]
+    _watchers: list[Callable[[], object]]
+
+    # -- moves of the pool as a whole -------------------------------------------------------------
+
+    def _move(
+        self,
+        decide: Callable[[float], list[Order]],
+        carry_out: Callable[[list[Order]], None] | None = None,
+    ) -> None:
+        """A move of the pool as a whole; what an interrupt cuts off, the keeper does."""
+        try:
+            with self._lock:
+                orders = decide(clock())
+            (carry_out or self._carry_out)(orders)
+        except BaseException:
+            self._cut_short()
+            raise
+
+    def _look_again(self) -> None:
+        with self._lock:
+            orders = self._machine.look_again(clock())
+        self._carry_out(orders)
+
+    def _cut_short(self) -> None:
+        """In a guard: a move may have been cut in two; the tick repeats what is left of it.
+
+        In the keeper, because one `put` in C is all that a second interrupt could cut off here.
+        An error of penstock's own is a move that came to its end.
+        """
+        if not isinstance(sys.exception(), PenstockError):
+            keeper.current().tell(self._tick)
+
+    # -- orders -----------------------------------------------------------------------------------
+
+    def _carry_out(self, orders: list[Order]) -> None:
+        """Carry out and forget: a caller's list must not hold a slot that others borrow by now."""
+        orders.reverse()
+        while orders:
+            self._carry_out_one(orders.pop(), keeper.current().tell)
+
+    def _carry_out_here(self, orders: list[Order]) -> None:
+        """Close in the calling thread: for close(), which is to have closed when it returns."""
+        orders.reverse()
+        while orders:
+            self._carry_out_one(orders.pop(), _call)
+
+    def _carry_out_one(self, order: Order, close: Callable[[Callable[[], object]], object]) -> None:
+        match order:
+            case Open(slot):
+                keeper.current().submit(partial(self._open_slot, [slot]))
+            case Close():
+                close(partial(self._close_slot, order))
+            case TickAt(when):
+                keeper.current().call_at(self._machine.home, when)  # type: ignore[arg-type]
+            case Overdue(slot, seconds):
+                self._warn_overdue(slot, seconds)
+            case ReportOutage(seconds):
+                self._report_outage(seconds)
+
+    def _open_slot(self, place: list[Slot]) -> None:
+        """In a worker: open a connection for the slot in this place.
+
+        Neither the job nor this frame holds the slot once the machine has it: else one that was lent
+        and dropped would not come home, and would look as if its borrower had it still.
+        """
+        slot = place.pop()
+        try:
+            link = self._opener.open(CONNECT_SECONDS)
+            _watch(link, slot.ref)
+        except BaseException as error:  # noqa: BLE001  also a SystemExit of a user's callable
+            self._open_failed(slot, error)
+            return
+        with self._lock:
+            outage = self._machine.outage
+            orders = self._machine.opened(slot, link, clock())
+            del slot
+        self._carry_out(orders)
+        self._tell_watchers()
+        if outage is not None:
+            _log.warning("pool %r: connections can be opened again", self.name)
+
+    def _open_failed(self, slot: Slot, error: BaseException) -> None:
+        failure = self._opener.explain(error)
+        del error
+        with self._lock:
+            before = self._machine.outage
+            orders = self._machine.open_failed(
+                slot, failure, clock(), heals=failure.heals, sqlstate=failure.sqlstate
+            )
+        self._carry_out(orders)
+        self._tell_watchers()
+        if before is None or before.error.text != failure.text:
+            _warn_unreachable(self.name, failure)
+
+    def _close_slot(self, order: Close) -> None:
+        """In the keeper, or in close(): end this slot's connection."""
+        slot = order.slot
+        link = slot.link
+        if link is not None:
+            _end_link(link, order)
+            slot.link = None
+        with self._lock:
+            orders = self._machine.closed(slot, order.reason, clock())
+        self._carry_out(orders)
+        self._tell_watchers()
+
+    def _warn_overdue(self, slot: Slot, seconds: float) -> None:
+        holder = self._reporter.holder_of(slot)
+        _log.warning(
+            "pool %r: a connection has been lent for %.0f s (overdue_after=%s): %s",
+            self.name,
+            seconds,
+            self._config.overdue_after,
+            holder or "its holder is not known",
+        )
+
+    def _report_outage(self, seconds: float) -> None:
+        _log.error("pool %r: no connection could be opened for %.0f s", self.name, seconds)
+        failed = self._config.reconnect_failed
+        if failed is not None:
+            keeper.current().submit(partial(failed, self))
+
+    # -- what the keeper and the watcher call -----------------------------------------------------
+
+    def _tick(self) -> None:
+        with self._lock:
+            orders = self._machine.tick(clock())
+        self._carry_out(orders)
+
+    def _bring_home(self, ref: SlotRef) -> None:
+        with self._lock:
+            orders = self._machine.bring_home(ref, clock())
+        if orders:
+            self._forget_lease_of(ref.link)
+        self._carry_out(orders)
+
+    def _forget_lease_of(self, link: Any) -> None:
+        if link is not None:
+            self._getconns.pop(id(link.conn), None)
+
+    def _hung_up(self, ref: SlotRef) -> None:
+        slot = ref()
+        if slot is None:
+            return  # orphaned: it is on its way home
+        with self._lock:
+            orders = self._machine.hung_up(slot, clock())
+        self._carry_out(orders)
+
+    def _tell_watchers(self) -> None:
+        for tell in list(self._watchers):
+            tell()
+
+
+def _call(job: Callable[[], object]) -> None:
+    job()
+
+
+def _warn_unreachable(name: str, failure: Failure) -> None:
+    code = f" (SQLSTATE {failure.sqlstate})" if failure.sqlstate else ""
+    _log.warning("pool %r: cannot open a connection: %s%s", name, failure.text, code)
+
+
+def _watch(link: Any, ref: SlotRef | None) -> None:
+    """Have the end of this session noticed; before it can be lent, so that none goes unnoticed."""
+    if ref is None or link.fd < 0:
+        return
+    try:
+        ref.watched = _watcher().add(link.fd, ref)
+    except BaseException:
+        link.discard()
+        raise
+
+
+def _end_link(link: Any, order: Close) -> None:
+    ref = order.slot.ref
+    if ref is not None and ref.watched:
+        # Before the close, since numbers are reused; and by the serial, since libpq closes a broken
+        # connection's socket by itself: the number may be another connection's already.
+        _watcher().remove(link.fd, ref.watched)
+    if order.reason is Reason.ORPHANED:
+        link.park()  # somebody may still hold the connection: its next use raises
+    if order.discard:
+        link.discard()
+    else:
+        link.close()
+
+
+def _let_go_of(ref: SlotRef) -> None:
+    """In the keeper: a slot's pool is garbage, and so is the slot, but not yet its connection.
+
+    Without the watcher's reference Python closes it, politely, as soon as nobody holds it.
+    """
+    link, ref.link = ref.link, None
+    if link is not None and ref.watched:
+        _watcher().remove(link.fd, ref.watched)
+
+
+keeper.on_stray(_let_go_of)
+
+
+# -- one watcher per process ----------------------------------------------------------------------
+
+
+def _told_of_end(ref: SlotRef, fd: int) -> None:
+    """In the watcher's thread: flag the slot, and have the keeper see to it."""
+    slot = ref()
+    if slot is None or slot.ref is not ref:
+        return
+    link = slot.link
+    if link is not None and link.fd != fd:
+        return
+    slot.condemn(Reason.HUNG_UP)
+    pool = ref.home()
+    if pool is not None:
+        keeper.current().tell(partial(pool._hung_up, ref))
+
+
+_watchers: dict[str, watch.Watch] = {}
+
+
+def _watcher() -> watch.Watch:
+    """The process's watcher; it sees to forks by itself."""
+    known = _watchers.get("epoll")
+    # setdefault is atomic: of two threads that get here together, both use one. The other one has
+    # not been used, and has cost nothing.
+    return known or _watchers.setdefault("epoll", watch.Watch(_told_of_end))
