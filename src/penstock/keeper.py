@@ -140,12 +140,11 @@ class Keeper:
             return
         self._parked = True
         self.inbox.put(_stop)
-        if thread is not None:
-            fork.wait_gone(thread, seconds)
+        _wait_gone(thread, deadline)
         finish = min(deadline, clock() + FINISH_SECONDS)
         # Once more: it may have started one, before it was told to stop.
         for worker in [*self._workers, *self._leaving]:
-            fork.wait_gone(worker, max(0.0, finish - clock()))
+            _wait_gone(worker, finish)
         self._leaving.clear()
 
     def unpark(self) -> None:
@@ -235,6 +234,11 @@ class Keeper:
                 self._workers.discard(threading.current_thread())
                 return False
             return True
+
+
+def _wait_gone(thread: threading.Thread | None, deadline: float) -> None:
+    if thread is not None and thread.ident is not None:  # a start can have been interrupted
+        fork.wait_gone(thread, max(0.0, deadline - clock()))
 
 
 def _try_to_start(thread: threading.Thread) -> bool:

@@ -100,6 +100,8 @@ def sessions(conninfo, name):
         return found.fetchone()[0]
 
 
+# Python itself swallows an interrupt that strikes a weak reference's callback written in Python.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_thousand_signals_in_queries_lose_no_connection(server, rng, often, alarms, silence):
     conninfo = server.conninfo(over="unix")
     pool = ConnectionPool(
