@@ -35,6 +35,7 @@ FLOORS = (
         "borrowing",
         "upkeep",
         "dedicated",
+        "alarm",
     },
     {"pools"},
     {"integrations", "compat", "observe"},

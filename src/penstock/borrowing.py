@@ -23,6 +23,7 @@ from penstock import fork, keeper, watch
 from penstock._drivers.protocol import Activity
 from penstock._machine.machine import Phase, Verdict, Waiter
 from penstock._machine.slot import Slot, SlotState
+from penstock.alarm import Alarm
 from penstock.clock import clock
 from penstock.errors import ConfigError
 from penstock.upkeep import Upkeep
@@ -151,12 +152,13 @@ class Borrowing(Upkeep):
         deadline = clock() + left
         while True:
             slot = self._take_or_wait(left)
-            if self._check(slot):
+            if self._check(slot, deadline - clock()):
                 break
             del slot
             left = max(0.0, deadline - clock())
         try:
-            self._equip(slot, autocommit, settings)
+            with Alarm(slot.link, max(LEAST_PING_SECONDS, deadline - clock())):
+                self._equip(slot, autocommit, settings)
         except Exception as error:
             self._give_back(slot, error)
             raise
@@ -169,7 +171,7 @@ class Borrowing(Upkeep):
         slot.link.lend()
         return slot
 
-    def _check(self, slot: Slot) -> bool:
+    def _check(self, slot: Slot, left: float) -> bool:
         """Whether to lend it: not hung up, and the user's `check` does not raise; else it is closed."""
         check = self._config.check
         if not watch.available() and slot.link.hung_up():
@@ -179,7 +181,8 @@ class Borrowing(Upkeep):
         if check is None:
             return True
         try:
-            check(slot.link.conn)
+            with Alarm(slot.link, max(LEAST_PING_SECONDS, left)):
+                check(slot.link.conn)
         except Exception:  # noqa: BLE001  raising is how a check says no
             slot.link.park()
             self._return(slot, Verdict.UNCLEAN)
@@ -264,7 +267,8 @@ class Borrowing(Upkeep):
     def _call_reset(self, reset: Callable[[Any], object], link: Any) -> bool:
         link.lend()
         try:
-            reset(link.conn)
+            with Alarm(link, TIDY_SECONDS):
+                reset(link.conn)
         except Exception:  # noqa: BLE001  raising is how a reset says that it could not
             _log.exception("pool %r: reset= raised; the connection is closed", self.name)
             link.park()

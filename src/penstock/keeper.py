@@ -40,6 +40,12 @@ if TYPE_CHECKING:
         def _tick(self) -> None: ...
         def _bring_home(self, ref: SlotRef) -> None: ...
 
+    class Rings(Protocol):
+        """Something that has a deadline."""
+
+        def ring(self) -> object:
+            """The time is up."""
+
     Job = Callable[[], object]
 
 #: Connections being opened at the same time, per process. A connect costs the server a fork of a
@@ -67,6 +73,7 @@ class Keeper:
         self.inbox: queue.SimpleQueue[SlotRef | Job] = queue.SimpleQueue()
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._timers: dict[weakref.ref[Kept], float] = {}
+        self._alarms: dict[Rings, float] = {}
         # Until when the keeper sleeps; infinite while it is awake, so that it is nudged in vain
         # rather than not at all.
         self._sleeps_until = float("inf")
@@ -96,6 +103,17 @@ class Keeper:
             if when < self._sleeps_until:
                 self.inbox.put(_nudge)
         self.ensure_running()
+
+    def ring_at(self, alarm: Rings, when: float) -> None:
+        """Call ``alarm.ring()`` at `when`, unless it is forgotten before."""
+        self._alarms[alarm] = when
+        if when < self._sleeps_until:
+            self.inbox.put(_nudge)
+        self.ensure_running()
+
+    def forget_alarm(self, alarm: Rings) -> None:
+        """Do not ring; unknown ones are ignored."""
+        self._alarms.pop(alarm, None)
 
     # -- its threads ------------------------------------------------------------------------------
 
@@ -190,7 +208,8 @@ class Keeper:
     def _next(self) -> SlotRef | Job | None:
         """What to do next; None when a timer is due."""
         self._sleeps_until = float("inf")
-        when = min(list(self._timers.values()), default=None)
+        due = [*self._timers.values(), *self._alarms.values()]
+        when = min(due, default=None)
         if when is None:
             self._sleeps_until = float("inf")
             return self.inbox.get()
@@ -208,6 +227,10 @@ class Keeper:
                 self._timers.pop(ref, None)
             if pool is not None and when <= now:
                 _tick(pool)
+        for alarm, when in list(self._alarms.items()):
+            if when <= now:
+                self._alarms.pop(alarm, None)
+                alarm.ring()
 
     # -- the workers' threads ---------------------------------------------------------------------
 

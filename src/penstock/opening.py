@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock._drivers.protocol import Activity, Diagnosis, Recipe
+from penstock.alarm import Alarm
+from penstock.clock import clock
 from penstock.config import application_name
 
 if TYPE_CHECKING:
@@ -87,9 +89,11 @@ class Opener:
         Raises:
             Exception: the driver's, or what a callable of the user raised. Nothing is left open.
         """
+        began = clock()
         link = self._driver.open(self.recipe(), seconds)
         try:
-            self._configure(link)
+            with Alarm(link, max(DIAGNOSE_SECONDS, began + seconds - clock())):
+                self._configure(link)
         except BaseException:
             link.close()
             raise

@@ -116,7 +116,12 @@ class Reporter:
         if outage is not None:
             why = f"cannot open connections: {outage.error.text}"
             why += f"; {alive} still open" if alive else ""
-            return Health(live=True, ready=alive > 0, why=why, since=now - outage.since)
+            # With nobody waiting and min_size=0 nobody tries: not ready would be for ever, since a
+            # service that is not ready gets no requests.
+            untried = not (machine.limits.min_size or machine.opening or machine.waiters)
+            why += "; nobody has tried since" if untried else ""
+            ready = alive > 0 or untried
+            return Health(live=True, ready=ready, why=why, since=now - outage.since)
         if not alive and not machine.tally.opened:
             return Health(live=True, ready=True, why="no connection opened yet", since=since)
         why = f"{counts.in_use} of {counts.max_size} in use, {counts.waiting} waiting"

@@ -380,6 +380,8 @@ class FakeLink:
         if self._server.sessions.get(self.number) is self:
             del self._server.sessions[self.number]
         _shut_down(self._ours)
+        with self._server._changed:  # noqa: SLF001  whoever waits for an answer gets none
+            self._server._changed.notify_all()  # noqa: SLF001
 
     def _server_hangs_up(self) -> None:
         self.ended = True

@@ -472,7 +472,7 @@ def test_a_dedicated_connection_does_not_count(make_pool, server):
 
 
 def test_health_tells_down_from_busy(make_pool, server):
-    pool = make_pool(min_size=0, max_size=1)
+    pool = make_pool(min_size=1, max_size=1)
     with pool.connection():
         health = pool.health()
         assert health.ready
@@ -611,3 +611,40 @@ def test_settings_are_for_one_transaction(make_pool, server):
     assert [text for _, text in server.statements] == ["set app.user", "select 1", "COMMIT"]
     with pytest.raises(MisuseError, match="settings= was asked for with autocommit"):
         pool.connection(autocommit=True, settings={"app.user": "ann"}).__enter__()
+
+
+def test_a_check_that_gets_no_answer_ends_at_the_borrowers_timeout(make_pool, server):
+    def check(conn):
+        server.mode = Mode.HANGING
+        conn.execute("select 1")
+
+    pool = make_pool(check=check)
+    with pytest.raises(PenstockError):
+        pool.getconn(timeout=0.3)
+    server.mode = Mode.UP
+
+
+def test_a_reset_that_gets_no_answer_costs_the_connection_and_not_the_borrower(
+    make_pool, server, monkeypatch, until
+):
+    monkeypatch.setattr("penstock.borrowing.TIDY_SECONDS", 0.2)
+
+    def reset(conn):
+        server.mode = Mode.HANGING
+        conn.execute("select 1")
+
+    pool = make_pool(min_size=0, reset=reset)
+    with pool.connection():
+        pass
+    server.mode = Mode.UP
+    until(lambda: pool.stats().closed == {"unclean": 1})
+
+
+def test_a_pool_that_nobody_has_tried_since_an_outage_is_ready(make_pool, server):
+    pool = make_pool(min_size=0)
+    server.mode = Mode.DOWN
+    with pytest.raises(ServerUnavailable):
+        pool.getconn(timeout=0.1)
+    health = pool.health()
+    assert health.ready
+    assert "nobody has tried since" in health.why

@@ -21,6 +21,7 @@ NAMES = [
     "opening",
     "borrowing",
     "upkeep",
+    "alarm",
     "dedicated",
 ]
 FILES = [
