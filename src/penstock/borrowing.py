@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import logging
 import queue
+import random
+import time
 from contextlib import suppress
 from functools import partial
 from threading import get_ident
@@ -22,11 +24,12 @@ from typing import TYPE_CHECKING, Any, Final
 from penstock import fork, keeper, watch
 from penstock._drivers.protocol import Activity
 from penstock._machine.machine import Phase, Verdict, Waiter
+from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Slot, SlotState
 from penstock.alarm import Alarm
 from penstock.clock import clock
-from penstock.errors import ConfigError
-from penstock.upkeep import Upkeep
+from penstock.errors import ConfigError, PenstockError, PoolTimeout
+from penstock.upkeep import LONGEST_SLEEP, Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -77,11 +80,12 @@ class Borrowing(Upkeep):
         began = clock()
         while True:
             slot = self._receive(waiter, gate, seconds, began)
-            if slot.state is SlotState.IN_USE:
-                return slot
-            if self._make_sure(slot, waiter, began + seconds - clock()):
-                return slot
-            del slot  # it goes back to be closed; do not keep it alive while waiting again
+            try:
+                if self._accept(slot, waiter, began + seconds - clock()):
+                    return slot
+            finally:
+                # It goes back to be closed, or to the caller; no frame of ours keeps it alive.
+                del slot
 
     def _receive(
         self, waiter: Waiter, gate: queue.SimpleQueue[None], seconds: float, began: float
@@ -119,6 +123,40 @@ class Borrowing(Upkeep):
             orders = self._machine.give_up(waiter, clock(), timed_out=False)
         self._carry_out(orders)
 
+    def _accept(self, slot: Slot, waiter: Waiter, left: float) -> bool:
+        """Whether the slot that was given may be used; if not, the waiter is in the queue again.
+
+        Between being given and being received it may have fallen into doubt: its session ended, the
+        pool was drained.
+        """
+        try:
+            return self._accept_once(slot, waiter, left) or self._accept_again(slot, waiter, left)
+        except BaseException:
+            del slot
+            raise
+
+    def _accept_again(self, slot: Slot, waiter: Waiter, left: float) -> bool:
+        while slot.state is SlotState.PINGING:  # it fell into doubt during its ping
+            if self._accept_once(slot, waiter, left):
+                return True
+        return False
+
+    def _accept_once(self, slot: Slot, waiter: Waiter, left: float) -> bool:
+        try:
+            if slot.state is SlotState.PINGING and not self._make_sure(slot, waiter, left):
+                return False
+            if slot.epoch != self._machine.epoch:
+                self._reconsider(slot, waiter)
+            return slot.state is SlotState.IN_USE
+        except BaseException:
+            del slot
+            raise
+
+    def _reconsider(self, slot: Slot, waiter: Waiter) -> None:
+        with self._lock:
+            orders = self._machine.reconsider(slot, waiter, clock())
+        self._carry_out(orders)
+
     def _make_sure(self, slot: Slot, waiter: Waiter, left: float) -> bool:
         """Ping a slot that is in doubt, or read the answer to its reset; the borrower's own time."""
         seconds = max(LEAST_PING_SECONDS, min(PING_SECONDS, left * PING_SHARE))
@@ -148,57 +186,92 @@ class Borrowing(Upkeep):
                 "settings= was asked for with autocommit: they would end with their own statement",
                 "leave autocommit off for this borrow: settings last for its transaction",
             )
-        left = self._seconds(timeout)
-        deadline = clock() + left
-        while True:
-            slot = self._take_or_wait(left)
-            if self._check(slot, deadline - clock()):
-                break
-            del slot
-            left = max(0.0, deadline - clock())
+        seconds = self._seconds(timeout)
+        slot = self._borrow_checked(seconds, clock() + seconds)
         try:
-            with Alarm(slot.link, max(LEAST_PING_SECONDS, deadline - clock())):
-                self._equip(slot, autocommit, settings)
+            self._equip(slot.link, autocommit, settings, clock() + seconds)
         except Exception as error:
             self._give_back(slot, error)
+            del slot
             raise
         return slot
 
-    def _take_or_wait(self, seconds: float) -> Slot:
+    def _borrow_checked(self, seconds: float, deadline: float) -> Slot:
+        """A slot for which `check` does not raise; a refused one is closed, and another one taken."""
+        began = clock()
+        left, fresh = seconds, 0
+        refusal: Exception | None = None
+        while True:
+            slot = self._take_or_wait(left, seconds, refusal)
+            refusal = self._check(slot, deadline)
+            if refusal is None:
+                return slot
+            # That an old connection is refused says nothing; a new one is like a failed connect.
+            fresh += slot.opened_at >= began
+            del slot
+            left = max(0.0, deadline - clock())
+            if fresh:
+                _pause(fresh, clock() - began, left)
+
+    def _take_or_wait(self, left: float, seconds: float, refusal: Exception | None) -> Slot:
         slot = self._machine.take(clock(), get_ident()) if fork.page[0] else None
         if slot is None:
-            slot = self._borrow_slowly(seconds)
+            try:
+                slot = self._borrow_slowly(left)
+            except PenstockError as error:
+                _explain_by(error, refusal, seconds)
+                raise
         slot.link.lend()
         return slot
 
-    def _check(self, slot: Slot, left: float) -> bool:
-        """Whether to lend it: not hung up, and the user's `check` does not raise; else it is closed."""
-        check = self._config.check
-        if not watch.available() and slot.link.hung_up():
-            slot.link.park()
+    def _check(self, slot: Slot, deadline: float) -> Exception | None:
+        """Why not to lend it: it hung up, or the user's `check` raised; then it is closed."""
+        link = slot.link
+        if not watch.available() and link.hung_up():
+            link.park()
             self._return(slot, Verdict.BROKEN)
-            return False
-        if check is None:
-            return True
-        try:
-            with Alarm(slot.link, max(LEAST_PING_SECONDS, left)):
-                check(slot.link.conn)
-        except Exception:  # noqa: BLE001  raising is how a check says no
-            slot.link.park()
+            return self._too_late("the server ended the session")
+        check = self._config.check
+        refusal = None if check is None else self._call(check, link, deadline - clock(), "check=")
+        if refusal is not None:
+            link.park()
             self._return(slot, Verdict.UNCLEAN)
-            return False
-        return True
+        return refusal
 
     def _equip(
-        self, slot: Slot, autocommit: bool | None, settings: Mapping[str, Any] | None
+        self,
+        link: Any,
+        autocommit: bool | None,
+        settings: Mapping[str, Any] | None,
+        deadline: float,
     ) -> None:
-        link = slot.link
         if autocommit is not None:
             link.set_autocommit(autocommit)
-        if self._config.on_borrow is not None:
-            self._config.on_borrow(link.conn)
-        if settings:
-            link.apply_settings(settings)
+        on_borrow = self._config.on_borrow
+        if on_borrow is None and not settings:
+            return
+        with Alarm(link, max(LEAST_PING_SECONDS, deadline - clock())) as alarm:
+            if on_borrow is not None:
+                on_borrow(link.conn)
+            if settings:
+                link.apply_settings(settings)
+        if alarm.rang:
+            raise self._too_late("on_borrow= took longer than the borrower's timeout")
+
+    def _call(
+        self, call: Callable[[Any], object], link: Any, seconds: float, what: str
+    ) -> Exception | None:
+        """Run the user's code on a connection, within a time; give what it raised."""
+        try:
+            with Alarm(link, max(LEAST_PING_SECONDS, seconds)) as alarm:
+                call(link.conn)
+        except Exception as error:  # noqa: BLE001  raising is how it says no
+            return error.with_traceback(None)
+        return self._too_late(f"{what} took longer than its time") if alarm.rang else None
+
+    def _too_late(self, text: str) -> Exception:
+        error: Exception = self._driver.operational_error(text)
+        return error
 
     # -- giving back what is not simply clean -----------------------------------------------------
 
@@ -213,13 +286,17 @@ class Borrowing(Upkeep):
         try:
             if error is None:
                 failure = self._commit(slot)
-            verdict = self._verdict(slot, clean_up=True)
+            verdict = self._verdict(slot)
             self._return(slot, verdict, suspect=self._is_suspect(error or failure))
         except BaseException:
             slot = None  # type: ignore[assignment]  # drop it: it comes home by itself
             raise
+        slot = None  # type: ignore[assignment]  # what is raised below holds this frame
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # it holds this frame, and this frame held it
 
     def _give_back_unfinished(self, slot: Slot) -> None:
         """putconn() of a connection that is not simply clean: roll back, and say so."""
@@ -242,17 +319,17 @@ class Borrowing(Upkeep):
         try:
             link.commit()
         except Exception as error:  # noqa: BLE001  raised by the caller once the slot is back
-            return error
+            return error.with_traceback(None)
         return None
 
-    def _verdict(self, slot: Slot, *, clean_up: bool) -> Verdict:
+    def _verdict(self, slot: Slot) -> Verdict:
         link = slot.link
         clean = link.park()
         if link.activity() is Activity.BROKEN:
             return Verdict.BROKEN
         reset = self._config.reset
         if not clean:
-            clean = clean_up and reset is not None and link.tidy(TIDY_SECONDS)
+            clean = reset is not None and link.tidy(TIDY_SECONDS)
         if clean and reset == "session":
             clean = slot.reset_pending = link.start_reset()
         elif clean and callable(reset):
@@ -266,14 +343,12 @@ class Borrowing(Upkeep):
 
     def _call_reset(self, reset: Callable[[Any], object], link: Any) -> bool:
         link.lend()
-        try:
-            with Alarm(link, TIDY_SECONDS):
-                reset(link.conn)
-        except Exception:  # noqa: BLE001  raising is how a reset says that it could not
-            _log.exception("pool %r: reset= raised; the connection is closed", self.name)
-            link.park()
-            return False
-        return bool(link.park())
+        refusal = self._call(reset, link, TIDY_SECONDS, "reset=")
+        if refusal is not None:
+            _log.error(
+                "pool %r: reset= raised; the connection is closed", self.name, exc_info=refusal
+            )
+        return bool(link.park()) and refusal is None
 
     def _is_suspect(self, error: BaseException | None) -> bool:
         """Whether `error` says that other sessions are not to be trusted either."""
@@ -321,11 +396,11 @@ class Borrowing(Upkeep):
         """Look at `condition` after each connection that was opened, closed or given up."""
         gate: queue.SimpleQueue[None] = queue.SimpleQueue()
         tell = partial(gate.put, None)
-        self._watchers.append(tell)
+        self._onlookers.append(tell)
         try:
             return _wait_for(condition, gate, deadline)
         finally:
-            self._watchers.remove(tell)
+            self._onlookers.remove(tell)
 
     def _alive(self) -> int:
         counts = self._reporter.counts()
@@ -354,8 +429,23 @@ def notice_fork() -> None:
 
 
 def _sleep_at(gate: queue.SimpleQueue[None], seconds: float) -> None:
+    # At most LONGEST_SLEEP, since a lock takes no more; whoever sleeps looks again.
     with suppress(queue.Empty):
-        gate.get(timeout=None if seconds == FOREVER else seconds)
+        gate.get(timeout=min(seconds, LONGEST_SLEEP))
+
+
+def _pause(refused: int, seconds: float, left: float) -> None:
+    """Between new connections that the user's check refuses, as between failed connects."""
+    delay = retry_delay(refused, seconds, waited_for=True, sqlstate=None, random=random.random())
+    time.sleep(min(delay, left))
+
+
+def _explain_by(error: PenstockError, refusal: Exception | None, seconds: float) -> None:
+    """A borrower whose connections were all refused by `check`: that is why he got none."""
+    if refusal is not None:
+        error.__cause__ = refusal
+        if isinstance(error, PoolTimeout):
+            error.timeout = seconds
 
 
 def _wait_for(

@@ -55,6 +55,9 @@ CONNECT_CONCURRENCY: Final = 16
 #: How long a fork waits for connect workers, in seconds: to end takes one a tenth of a millisecond.
 FINISH_SECONDS: Final = 0.005
 
+#: A fork takes milliseconds; after this long, in seconds, its end was not heard of.
+PARKED_SECONDS: Final = 1.0
+
 _log = logging.getLogger("penstock")
 
 
@@ -82,7 +85,8 @@ class Keeper:
         self._workers: set[threading.Thread] = set()
         # Workers that have nothing to do any more, and may not be gone yet.
         self._leaving: deque[threading.Thread] = deque(maxlen=CONNECT_CONCURRENCY)
-        self._parked = False
+        # Until when no thread starts, around a fork; it expires, in case the end was interrupted.
+        self._parked_until = 0.0
 
     # -- what pools ask for -----------------------------------------------------------------------
 
@@ -98,11 +102,11 @@ class Keeper:
 
     def call_at(self, pool: weakref.ref[Kept], when: float) -> None:
         """Have the pool ticked at `when`, or earlier."""
-        if when < self._timers.get(pool, float("inf")):
-            self._timers[pool] = when
-            if when < self._sleeps_until:
-                self.inbox.put(_nudge)
-        self.ensure_running()
+        # The keeper alone writes the timers: of two who compare and store, one would be lost.
+        self.tell(partial(self._set_timer, pool, when))
+
+    def _set_timer(self, pool: weakref.ref[Kept], when: float) -> None:
+        self._timers[pool] = min(when, self._timers.get(pool, when))
 
     def ring_at(self, alarm: Rings, when: float) -> None:
         """Call ``alarm.ring()`` at `when`, unless it is forgotten before."""
@@ -125,7 +129,9 @@ class Keeper:
 
     def _start(self) -> None:
         with self._lock:
-            if self._parked or (self._thread is not None and self._thread.is_alive()):
+            if clock() < self._parked_until or (
+                self._thread is not None and self._thread.is_alive()
+            ):
                 return
             self._thread = threading.Thread(target=self._run, name="penstock-keeper", daemon=True)
             _try_to_start(self._thread)
@@ -156,7 +162,7 @@ class Keeper:
         workers = [*self._workers, *self._leaving]
         if thread is mine or mine in workers or (thread is None and not workers):
             return
-        self._parked = True
+        self._parked_until = clock() + PARKED_SECONDS
         self.inbox.put(_stop)
         _wait_gone(thread, deadline)
         finish = min(deadline, clock() + FINISH_SECONDS)
@@ -168,16 +174,17 @@ class Keeper:
     def unpark(self) -> None:
         """After the fork, in the parent: go on, with the same thread if it had no time to end."""
         with self._lock:
-            was_parked, self._parked = self._parked, False
+            was_parked, self._parked_until = self._parked_until > 0, 0.0
         if was_parked:
             self.ensure_running()
 
     def _leave(self) -> bool:
         """Told to stop: whether to go on all the same. Under the lock, so that unpark() knows."""
         with self._lock:
-            if self._parked and self._thread is threading.current_thread():
+            parked = clock() < self._parked_until
+            if parked and self._thread is threading.current_thread():
                 self._thread = None
-            return not self._parked
+            return not parked
 
     # -- the keeper's thread ----------------------------------------------------------------------
 
@@ -215,7 +222,8 @@ class Keeper:
             return self.inbox.get()
         self._sleeps_until = when
         try:
-            return self.inbox.get(timeout=max(0.0, when - clock()))
+            # At most 1e6 s, since a lock takes no more; then it looks again.
+            return self.inbox.get(timeout=min(max(0.0, when - clock()), 1e6))
         except queue.Empty:
             return None
 

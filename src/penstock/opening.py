@@ -92,12 +92,17 @@ class Opener:
         began = clock()
         link = self._driver.open(self.recipe(), seconds)
         try:
-            with Alarm(link, max(DIAGNOSE_SECONDS, began + seconds - clock())):
-                self._configure(link)
+            self._configure_within(link, max(DIAGNOSE_SECONDS, began + seconds - clock()))
         except BaseException:
             link.close()
             raise
         return link
+
+    def _configure_within(self, link: Any, seconds: float) -> None:
+        with Alarm(link, seconds) as alarm:
+            self._configure(link)
+        if alarm.rang:
+            raise ConfigureError("configure= took longer than a connect may")
 
     def _configure(self, link: Any) -> None:
         configure = self._config.configure
@@ -114,7 +119,7 @@ class Opener:
 
     def explain(self, error: BaseException) -> Failure:
         """Find out why `open` raised `error`; may make one more attempt, which diagnoses."""
-        error = error.with_traceback(None)
+        _drop_tracebacks(error)
         if isinstance(error, ConfigureError):
             return self._explain_configure(error)
         diagnosis = self._diagnosis(error)
@@ -128,7 +133,7 @@ class Opener:
         # A bug stays one however often it is tried; the server may be of another mind later.
         heals = isinstance(cause, (self._driver.operational_error, OSError))
         text = f"{error}: {_one_line(cause)}"
-        return Failure(cause.with_traceback(None), heals, getattr(cause, "sqlstate", None), text)
+        return Failure(cause, heals, getattr(cause, "sqlstate", None), text)
 
     def _diagnosis(self, error: BaseException) -> Diagnosis:
         key = (type(error), str(error))
@@ -145,6 +150,18 @@ class Opener:
 
 class ConfigureError(Exception):
     """The user's `configure` raised (its cause), or left a connection that cannot be lent."""
+
+
+def _drop_tracebacks(error: BaseException) -> None:
+    """Of the whole chain: frames would keep the pool, and what it holds, alive."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        found = pending.pop()
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            found.__traceback__ = None
+            pending += [found.__cause__, found.__context__]
 
 
 def _call_configure(configure: Callable[[Any], object], conn: Any) -> None:

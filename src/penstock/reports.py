@@ -143,6 +143,10 @@ class Reporter:
         outage = machine.outage
         if outage is not None and (refusal is Refusal.UNREACHABLE or not self._any_alive()):
             return self._unavailable(outage, waited)
+        if refusal is Refusal.UNREACHABLE:  # and it healed in this very moment
+            return self._make(
+                ServerUnavailable, waited=waited, reason="it healed just now; try again"
+            )
         error = self._make(
             PoolTimeout,
             timeout=timeout,

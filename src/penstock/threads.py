@@ -118,7 +118,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         self._reporter = Reporter(self.name, self._machine, self._driver)
         self._getconns: dict[int, Slot] = {}
         self._dedicated: dict[int, Any] = {}
-        self._watchers: list[Callable[[], object]] = []
+        self._onlookers: list[Callable[[], object]] = []
         fork.register(self)
 
     def _new_machine(self, config: PoolConfig) -> Machine:
@@ -404,11 +404,19 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         self._machine.orphans = keeper.current().inbox.put
         if isinstance(self._machine, LockedMachine):
             self._machine.lock = self._lock
-        inherited = self._machine.forked()
+        # First let go, then forget: what an interrupt cuts off here is done again from the start.
+        dedicated = [(link, True) for link in self._dedicated.values()]
+        failures = [
+            failure
+            for link, busy in self._machine.inherited() + dedicated
+            if (failure := _abandon(link, busy=busy)) is not None
+        ]
+        self._machine.forked()
         self._getconns = {}
-        self._watchers = []
-        dedicated, self._dedicated = self._dedicated, {}
-        _abandon_all(inherited + [(link, True) for link in dedicated.values()])
+        self._onlookers = []
+        self._dedicated = {}
+        if failures:
+            raise failures[0]
 
     # -- small things -----------------------------------------------------------------------------
 
@@ -448,6 +456,10 @@ def _from_config(cls: type[ConnectionPool[Any]], config: PoolConfig) -> Connecti
     return pool
 
 
-def _abandon_all(inherited: list[tuple[Any, bool]]) -> None:
-    for link, busy in inherited:
+def _abandon(link: Any, *, busy: bool) -> Exception | None:
+    """Let go of one inherited link; one that cannot be must not keep the others."""
+    try:
         link.abandon(busy=busy)
+    except Exception as error:  # noqa: BLE001  told once all were tried
+        return error
+    return None

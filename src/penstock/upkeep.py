@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from penstock import keeper, watch
 from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TickAt
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from penstock.opening import Opener
     from penstock.reports import Reporter
 
+#: The longest that anybody sleeps at a time, in seconds: longer times overflow a lock's.
+LONGEST_SLEEP: Final = 1e6
+
 _log = logging.getLogger("penstock")
 
 
@@ -43,7 +46,7 @@ class Upkeep:
     _opener: Opener
     _reporter: Reporter
     _getconns: dict[int, Slot]
-    _watchers: list[Callable[[], object]]
+    _onlookers: list[Callable[[], object]]
 
     # -- moves of the pool as a whole -------------------------------------------------------------
 
@@ -120,7 +123,7 @@ class Upkeep:
             orders = self._machine.opened(slot, link, clock())
             del slot
         self._carry_out(orders)
-        self._tell_watchers()
+        self._tell_onlookers()
         if outage is not None:
             _log.warning("pool %r: connections can be opened again", self.name)
 
@@ -133,7 +136,7 @@ class Upkeep:
                 slot, failure, clock(), heals=failure.heals, sqlstate=failure.sqlstate
             )
         self._carry_out(orders)
-        self._tell_watchers()
+        self._tell_onlookers()
         if before is None or before.error.text != failure.text:
             _warn_unreachable(self.name, failure)
 
@@ -147,23 +150,29 @@ class Upkeep:
         with self._lock:
             orders = self._machine.closed(slot, order.reason, clock())
         self._carry_out(orders)
-        self._tell_watchers()
+        self._tell_onlookers()
 
     def _warn_overdue(self, slot: Slot, seconds: float) -> None:
         holder = self._reporter.holder_of(slot)
-        _log.warning(
+        # In a worker: a log handler may block, or use this very pool.
+        warn = partial(
+            _log.warning,
             "pool %r: a connection has been lent for %.0f s (overdue_after=%s): %s",
             self.name,
             seconds,
             self._config.overdue_after,
             holder or "its holder is not known",
         )
+        keeper.current().submit(warn)
 
     def _report_outage(self, seconds: float) -> None:
+        keeper.current().submit(partial(self._say_outage, seconds))
+
+    def _say_outage(self, seconds: float) -> None:
         _log.error("pool %r: no connection could be opened for %.0f s", self.name, seconds)
         failed = self._config.reconnect_failed
         if failed is not None:
-            keeper.current().submit(partial(failed, self))
+            failed(self)
 
     # -- what the keeper and the watcher call -----------------------------------------------------
 
@@ -191,8 +200,8 @@ class Upkeep:
             orders = self._machine.hung_up(slot, clock())
         self._carry_out(orders)
 
-    def _tell_watchers(self) -> None:
-        for tell in list(self._watchers):
+    def _tell_onlookers(self) -> None:
+        for tell in list(self._onlookers):
             tell()
 
 
@@ -222,12 +231,15 @@ def _end_link(link: Any, order: Close) -> None:
         # Before the close, since numbers are reused; and by the serial, since libpq closes a broken
         # connection's socket by itself: the number may be another connection's already.
         _watcher().remove(link.fd, ref.watched)
-    if order.reason is Reason.ORPHANED:
-        link.park()  # somebody may still hold the connection: its next use raises
-    if order.discard:
-        link.discard()
-    else:
-        link.close()
+    try:
+        if order.reason is Reason.ORPHANED:
+            link.park()  # somebody may still hold the connection: its next use raises
+        if order.discard:
+            link.discard()
+        else:
+            link.close()
+    except Exception:  # noqa: BLE001  drivers promise not to; one that does must not keep the right
+        _log.exception("a driver could not end a connection; it is dropped")
 
 
 def _let_go_of(ref: SlotRef) -> None:

@@ -7,8 +7,9 @@ does nothing, and the runtime looks at the socket at each borrow.
 
 It must not know: slots, pools, drivers. A token is whatever its owner gave; `hung_up` says the rest.
 
-Locks: `_entries` is changed by single dict operations (atomic under the GIL and in free-threaded
-builds), so `add` and `remove` take none for it. `_lock` protects starting, stopping and the epoll's
+Locks: `_changing` makes one step of an entry and its registration: libpq closes a broken socket by
+itself, so its number can be another connection's while the old one is being removed. It is an RLock,
+since a signal handler may close a pool. `_entries` is read without it. `_lock` protects starting, stopping and the epoll's
 birth; it is never held while something waits, and a forked child makes its own.
 """
 
@@ -111,6 +112,7 @@ class Watch:
         self._threaded = threaded
         self._entries: dict[int, _Entry] = {}
         self._lock = threading.Lock()
+        self._changing = threading.RLock()
         self._ep: Any = None
         self._wake = -1  # an eventfd
         self._run: _Run | None = None
@@ -143,12 +145,8 @@ class Watch:
         if fd == self._wake:  # a number that was closed, and taken by our own
             raise OSError(errno.EBADF, "not a connection's descriptor")
         entry = _Entry(token)
-        self._entries[fd] = entry  # before registering: the event may come at once
-        try:
-            _register(ep, fd)
-        except BaseException:
-            self._entries.pop(fd, None)
-            raise
+        with self._changing:
+            self._enter(ep, fd, entry)
         if self._threaded:
             self._start()
         return entry.serial
@@ -161,10 +159,21 @@ class Watch:
             serial: what `add` returned: a descriptor that was reused since is then left alone. 0
                 removes whatever has that number.
         """
+        with self._changing:
+            self._take_out(fd, serial)
+
+    def _enter(self, ep: Any, fd: int, entry: _Entry) -> None:
+        self._entries[fd] = entry  # before registering: the event may come at once
+        try:
+            _register(ep, fd)
+        except BaseException:
+            self._entries.pop(fd, None)
+            raise
+
+    def _take_out(self, fd: int, serial: int) -> None:
         entry = self._entries.get(fd)
         if entry is None or (serial and entry.serial != serial):
             return
-        # Nobody else adds this number in between: the caller has it open.
         self._entries.pop(fd, None)
         ep = self._ep
         # Never on an inherited epoll: it would take away the parent's registration.
@@ -229,6 +238,7 @@ class Watch:
     def after_fork_in_child(self) -> None:
         """Forget what was inherited; repeatable. The new epoll is made at the next `add`."""
         self._lock = threading.Lock()  # another thread may have held the old one
+        self._changing = threading.RLock()
         self._run = None
         self._drop_all()
 

@@ -594,11 +594,11 @@ def test_whoever_opened_a_slot_does_not_hold_it_any_more():
     def take_and_drop():  # in the worker, as soon as it has told the machine
         dropped.put(pool._machine._pop().ref)
 
-    pool._watchers.append(take_and_drop)
+    pool._onlookers.append(take_and_drop)
     orders = pool._machine.open(clock())
     pool._carry_out(orders)
     ref = dropped.get(timeout=interrupting.PATIENCE)
-    pool._watchers.remove(take_and_drop)
+    pool._onlookers.remove(take_and_drop)
     assert ref() is None
     assert orders == []
     assert not faults_of(pool)

@@ -202,11 +202,10 @@ class SharesWithParent(Machine):
 
     def forked(self):
         idle = list(self.idle)
-        inherited = super().forked()
+        super().forked()
         for slot in idle:
             slot.epoch, slot.generation = self.epoch, self.generation
         self.idle.extend(idle)
-        return inherited
 
 
 @fault("what the watcher condemned is lent")

@@ -116,12 +116,12 @@ class World:
             self._lease(slot)
             return
         seat = Seat(owner)
-        before = self._holders()
+        before, queued = self._holders(), len(self.machine.waiting())
         orders = self.machine.queue_up(seat.waiter, self.now)
         if seat.waiter.refusal is None:
             self.seats.append(seat)
         else:
-            self._check_refusal(seat.waiter, orders, before)
+            self._check_refusal(seat.waiter, before, queued)
             self.refused += 1
         self._take_on(orders)
 
@@ -368,7 +368,8 @@ class World:
     def fork(self, *, greenlets: bool) -> None:
         """The child's side. Greenlets live on in it; threads do not, but for the forking one."""
         self._outdate_all()
-        links = [link for link, _ in self.machine.forked()]
+        links = [link for link, _ in self.machine.inherited()]
+        self.machine.forked()
         assert len(links) == len({id(link) for link in links})
         for link in links:
             link.abandon(busy=True)
@@ -461,9 +462,8 @@ class World:
         return every, holders, waiting
 
     def _check_refusal(
-        self, waiter: Waiter, orders: list[Order], before: tuple[bool, set[int], set[int]]
+        self, waiter: Waiter, before: tuple[bool, set[int], set[int]], queued: int
     ) -> None:
-        assert not orders
         assert waiter.slot is None
         every, holders, waiting = before
         if waiter.refusal is Refusal.DEADLOCK:
@@ -473,7 +473,7 @@ class World:
         elif waiter.refusal is Refusal.CLOSED:
             assert self.machine.phase is not Phase.OPEN
         elif waiter.refusal is Refusal.TOO_MANY:
-            assert len(self.machine.waiting()) >= self.machine.limits.max_waiting > 0
+            assert queued >= self.machine.limits.max_waiting > 0
         else:
             assert self.machine.outage is not None
             assert not self.machine.outage.heals

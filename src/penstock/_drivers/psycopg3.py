@@ -63,7 +63,17 @@ class Psycopg3Link:
         touched: what of the connection has been changed since it was new; empty nearly always.
     """
 
-    __slots__ = ("_reset", "_settings", "attributes", "conn", "dead", "fd", "handle", "touched")
+    __slots__ = (
+        "_inode",
+        "_reset",
+        "_settings",
+        "attributes",
+        "conn",
+        "dead",
+        "fd",
+        "handle",
+        "touched",
+    )
 
     def __init__(
         self, conn: AnyConnection, handle: PGconn, touched: set[str], *, resets_session: bool
@@ -72,6 +82,7 @@ class Psycopg3Link:
         self.handle = handle
         self.dead = DEAD  # an attribute of each link: one of the class takes 3.11 40 ns to find
         self.fd: int = handle.socket
+        self._inode = os.fstat(self.fd).st_ino
         self.attributes: dict[str, Any] = vars(conn)
         self.touched = touched
         self._settings = Settings(conn)
@@ -321,12 +332,21 @@ class Psycopg3Link:
     def abandon(self, *, busy: bool) -> None:
         """In a forked child: let go of the parent's session without a byte on the wire."""
         self.attributes["pgconn"] = DEAD
-        if self._holds_descriptor():
+        holds = self._holds_descriptor()
+        # A child that ran no at-fork hooks may have closed the number and opened a file on it.
+        ours = holds and self._is_same_socket()
+        if ours:
             point_at_null(self.fd)
-        if busy:
+        if busy or (holds and not ours):
             GRAVEYARD.append((self.conn, self.handle))
         else:
             self.handle.finish()
+
+    def _is_same_socket(self) -> bool:
+        try:
+            return os.fstat(self.fd).st_ino == self._inode
+        except OSError:
+            return False
 
     def _holds_descriptor(self) -> bool:
         try:

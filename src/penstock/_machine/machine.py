@@ -280,9 +280,9 @@ class Machine:
         waiter.refusal = self._refusal(waiter.owner, now)
         if waiter.refusal is not None:
             self.tally.refused += 1
-            return []
-        self.serials += 1
-        waiter.ticket = self.serials
+            # He may have put a slot aside, or taken the look of one who waits: look for them.
+            return self.look_again(now)
+        waiter.ticket = self.serials = self.serials + 1
         waiter.queued_at = now
         self.waiters[waiter.ticket] = weakref.ref(waiter)  # be seen, then look
         return self.look_again(now)
@@ -320,18 +320,27 @@ class Machine:
         self._arm(now, orders)
         return orders
 
+    def reconsider(self, slot: Slot, waiter: Waiter, now: float) -> list[Order]:
+        """What was given to a waiter has fallen into doubt before he could use it.
+
+        Afterwards the slot is to be pinged by him, or it has ended and he is in the queue again.
+        """
+        if self._has(slot) and self._unfit(slot, now) is None:
+            slot.move(Move.DOUBT)
+            return []
+        orders: list[Order] = []
+        if self._has(slot):
+            self._end(slot, self._unfit(slot, now) or Reason.DRAINED, orders)
+        self._queue_again(waiter)
+        return orders + self.look_again(now)
+
     def ping_failed(self, slot: Slot, waiter: Waiter, now: float) -> list[Order]:
         """The borrower's ping was not answered; he goes back to his place in the queue."""
         orders: list[Order] = []
         if self._has(slot):
             self._end(slot, Reason.UNANSWERED, orders)
         self._doubt()
-        waiter.slot = None
-        if self.phase is Phase.OPEN:
-            self._requeue(waiter)
-        else:
-            waiter.refusal = Refusal.CLOSED
-            self.tally.refused += 1
+        self._queue_again(waiter)
         return orders + self.look_again(now)
 
     def returned(
@@ -468,13 +477,16 @@ class Machine:
         self._arm(now, orders)
         return orders
 
-    def forked(self) -> list[tuple[Any, bool]]:
-        """In a forked child: forget everything; the inherited links, and whether each was in use."""
-        inherited = [(ref.link, _busy(ref)) for ref in self.refs.values() if ref.link is not None]
+    def inherited(self) -> list[tuple[Any, bool]]:
+        """In a forked child: the parent's links, and whether each was in use at the fork."""
+        refs = list(self.refs.values())
+        return [(ref.link, _busy(ref)) for ref in refs if ref.link is not None]
+
+    def forked(self) -> None:
+        """In a forked child, once the inherited links have been let go of: forget everything."""
         self.generation += 1
         self.epoch += 1
         self._empty()
-        return inherited
 
     def tick(self, now: float) -> list[Order]:
         """What time brings: retire, shrink, probe, warn. Orders the next tick only if one is due.
@@ -568,7 +580,8 @@ class Machine:
         """Who is first in line and has nothing yet; on the way, complete interrupted gifts."""
         while self.waiters:
             ticket = next(iter(self.waiters))
-            waiter = self.waiters[ticket]()
+            entry = self.waiters.get(ticket)  # a signal handler may have served it meanwhile
+            waiter = None if entry is None else entry()
             if waiter is None:  # killed: it left by dying
                 self.waiters.pop(ticket, None)
             elif waiter.slot is not None or waiter.refusal is not None:
@@ -576,6 +589,15 @@ class Machine:
             else:
                 return waiter
         return None
+
+    def _queue_again(self, waiter: Waiter) -> None:
+        """What was given to a waiter was of no use: back to his place, if the pool is still open."""
+        waiter.slot = None
+        if self.phase is Phase.OPEN:
+            self._requeue(waiter)
+        else:
+            waiter.refusal = Refusal.CLOSED
+            self.tally.refused += 1
 
     def _requeue(self, waiter: Waiter) -> None:
         """Put a waiter back to where he was in the queue: behind those who came before him."""
@@ -675,9 +697,9 @@ class Machine:
 
     def _grow(self, now: float, orders: list[Order]) -> None:
         while self._should_open(now, orders):
-            self.serials += 1
+            serial = self.serials = self.serials + 1
             slot = Slot(generation=self.generation, epoch=self.epoch, now=now)
-            ref = refer_to(slot, self.serials, self.orphans, self.home)
+            ref = refer_to(slot, serial, self.orphans, self.home)
             self.refs[ref.serial] = ref
             self.opening[ref.serial] = ref
             orders.append(Open(slot))
@@ -712,7 +734,7 @@ class Machine:
     ) -> list[Order]:
         outage = self.outage
         if outage is None:
-            outage = self.outage = Outage(now)
+            outage = Outage(now)
         outage.failures += 1
         outage.error, outage.sqlstate, outage.heals = error, sqlstate, heals
         down_for = now - outage.since
@@ -728,8 +750,9 @@ class Machine:
         if not heals:
             outage.next_for_waiters = now + UNHEALABLE_DELAY
             outage.next_for_nobody = max(outage.next_for_nobody, outage.next_for_waiters)
-            if not self._connected():
-                self._refuse_all(Refusal.UNREACHABLE, now)
+        self.outage = outage  # complete: reports read it without the lock
+        if not heals and not self._connected():
+            self._refuse_all(Refusal.UNREACHABLE, now)
         orders: list[Order] = []
         self._report_outage(now, orders)
         return orders
