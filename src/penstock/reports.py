@@ -29,7 +29,7 @@ from penstock.errors import (
 )
 
 if TYPE_CHECKING:
-    from penstock._machine.machine import Outage
+    from penstock._machine.outage import Outage
     from penstock._machine.slot import Slot
     from penstock.opening import Failure
 

@@ -242,10 +242,11 @@ class NeverShrinks(Machine):
 class Spins(Machine):
     __slots__ = ()
 
-    def _due_times(self, now):
-        yield from super()._due_times(now)
+    def _next_due(self, now):
+        due = super()._next_due(now)
         if self.outage is not None and self.phase is Phase.OPEN and not self.opening:
-            yield self.outage.next_for_nobody
+            return min(due, self.outage.next_for_nobody)
+        return due
 
 
 @fault("a connection in somebody's hands is closed with a farewell")

@@ -55,16 +55,22 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, deque
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 from .orders import Close, Open, Order, Overdue, ReportOutage, TickAt
-from .policy import UNHEALABLE_DELAY, Limits, retire_at, retry_delay
+from .outage import Outage
+from .policy import Limits, retire_at
+from .schedule import CONNECTED, due_times
 from .slot import Move, Reason, Slot, SlotRef, SlotState, refer_to
-from .tally import Stats, Tally, wait_quantile
+from .tally import Stats, Tally, snapshot
+from .waiter import Refusal, Waiter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+
+__all__ = ["DONE", "LOOK_AGAIN", "SLOWLY", "Machine", "Phase", "Refusal", "Verdict", "Waiter"]
 
 # What `put` answers. DONE is false, so that the hot path needs no name to compare with.
 DONE: Final = 0
@@ -73,14 +79,11 @@ SLOWLY: Final = 2
 
 #: Seconds after which a closed or drained pool looks for what a `put` under way left behind.
 LOOK_ONCE_MORE: Final = 1.0
-#: Seconds after which, at the latest, a pool in use looks for what is too old, or too many.
-LOOK_LATER: Final = 60.0
+
+NEVER: Final = float("inf")
 
 IN_USE: Final = SlotState.IN_USE
 IDLE: Final = SlotState.IDLE
-
-#: The states of a slot whose connection somebody could still give back, or ping.
-_CONNECTED: Final = frozenset({IDLE, IN_USE, SlotState.PINGING})
 
 #: Connections that end for these reasons are not worth a farewell, or may be in somebody's hands.
 _DISCARDED: Final = frozenset(
@@ -96,80 +99,12 @@ class Phase(Enum):
     CLOSED = "closed"
 
 
-class Refusal(Enum):
-    """Why a borrower is sent away."""
-
-    CLOSED = "closed"
-    TOO_MANY = "too many waiting"
-    UNREACHABLE = "the server cannot be reached, and trying again cannot help"
-    DEADLOCK = "would wait for itself"
-
-
 class Verdict(Enum):
     """In what condition a slot is given back."""
 
     CLEAN = "clean"
     BROKEN = "broken"  # the session has ended, or the borrower ended it
     UNCLEAN = "unclean"  # it lives, but could not be brought back to a clean state
-
-
-class Waiter:
-    """A borrower in the queue. Whoever waits holds it; the queue refers to it weakly.
-
-    Attributes:
-        owner: who waits, to be compared with `Slot.holder`; 0 when unknown.
-        wake: lets the borrower run; a C function that may be called more than once.
-        slot: what was given to it. Its state tells whether a ping is due before it is used.
-        refusal: why it gets nothing.
-        ticket: its key in the queue, 0 before it queued.
-        queued_at: since when it waits.
-    """
-
-    __slots__ = ("__weakref__", "owner", "queued_at", "refusal", "slot", "ticket", "wake")
-
-    def __init__(self, owner: int, wake: Callable[[], object]) -> None:
-        self.owner = owner
-        self.wake = wake
-        self.slot: Slot | None = None
-        self.refusal: Refusal | None = None
-        self.ticket = 0
-        self.queued_at = 0.0
-
-
-class Outage:
-    """A time in which no connection could be opened.
-
-    Attributes:
-        since: when the first attempt failed.
-        failures: how many failed so far.
-        error: what the runtime was told last; opaque here.
-        sqlstate: the server's code for it, if it gave one.
-        heals: whether trying again can help.
-        next_for_waiters: when to try again if somebody waits.
-        next_for_nobody: when to try again if nobody does.
-        reported: it has lasted longer than the user wants to bear, and that was said.
-    """
-
-    __slots__ = (
-        "error",
-        "failures",
-        "heals",
-        "next_for_nobody",
-        "next_for_waiters",
-        "reported",
-        "since",
-        "sqlstate",
-    )
-
-    def __init__(self, since: float) -> None:
-        self.since = since
-        self.failures = 0
-        self.error: Any = None
-        self.sqlstate: str | None = None
-        self.heals = True
-        self.next_for_waiters = since
-        self.next_for_nobody = since
-        self.reported = False
 
 
 class Machine:
@@ -400,7 +335,13 @@ class Machine:
         if not current or self.phase is not Phase.OPEN:
             return self.look_again(now)  # it says nothing of the server as it is now
         self.tally.open_failures += 1
-        orders = self._note_failure(error, now, heals=heals, sqlstate=sqlstate)
+        outage = self.outage or Outage(now)
+        outage.note(error, now, heals=heals, sqlstate=sqlstate, random=self.random)
+        self.outage = outage  # complete: reports read it without the lock
+        if not heals and not self._connected():
+            self._refuse_all(Refusal.UNREACHABLE, now)
+        orders: list[Order] = []
+        self._report_outage(now, orders)
         return orders + self.look_again(now)
 
     def closed(self, slot: Slot, reason: Reason, now: float) -> list[Order]:
@@ -470,7 +411,7 @@ class Machine:
 
     def resize(self, min_size: int, max_size: int, now: float) -> list[Order]:
         """Change the limits. What is too much ends: idle connections now, others at their return."""
-        self.limits = _with_sizes(self.limits, min_size, max_size)
+        self.limits = replace(self.limits, min_size=min_size, max_size=max_size)
         orders: list[Order] = []
         self._end_surplus(orders)
         orders += self.look_again(now)
@@ -529,36 +470,7 @@ class Machine:
 
     def stats(self, name: str, now: float) -> Stats:
         """A snapshot."""
-        counts, waiting, tally = self.count(), self.waiting(), self.tally
-        borrows = self.borrows()
-        return Stats(
-            name=name,
-            state=self.phase.value,
-            min_size=self.limits.min_size,
-            max_size=self.limits.max_size,
-            opening=counts[SlotState.OPENING],
-            idle=counts[SlotState.IDLE],
-            in_use=counts[SlotState.IN_USE],
-            pinging=counts[SlotState.PINGING],
-            closing=counts[SlotState.CLOSING],
-            size=sum(counts.values()),
-            waiting=len(waiting),
-            longest_waiting=now - waiting[0].queued_at if waiting else 0.0,
-            borrows=borrows,
-            queued=tally.queued,
-            waited=tally.waited_seconds,
-            longest_wait=tally.longest_wait,
-            wait_p50=wait_quantile(0.50, borrows, tally.waits),
-            wait_p99=wait_quantile(0.99, borrows, tally.waits),
-            timeouts=tally.timeouts,
-            refused=tally.refused,
-            opened=tally.opened,
-            opening_time=tally.opening_seconds,
-            open_failures=tally.open_failures,
-            orphaned=tally.orphaned,
-            closed=dict(tally.closed),
-            generation=self.generation,
-        )
+        return snapshot(self, name, now)
 
     # -- giving -----------------------------------------------------------------------------------
 
@@ -712,7 +624,7 @@ class Machine:
             return True
         if self.opening:
             return False  # one probe at a time
-        due = outage.next_for_waiters if self.waiters else outage.next_for_nobody
+        due = outage.due(waited_for=bool(self.waiters))
         if now >= due:
             return True
         orders.append(TickAt(due))
@@ -728,34 +640,6 @@ class Machine:
         # then one failed login, not min_size of them.
         unproven = self.opening and not self.tally.opened
         return len(self.refs) < self.limits.min_size and not unproven
-
-    def _note_failure(
-        self, error: Any, now: float, *, heals: bool, sqlstate: str | None
-    ) -> list[Order]:
-        outage = self.outage
-        if outage is None:
-            outage = Outage(now)
-        outage.failures += 1
-        outage.error, outage.sqlstate, outage.heals = error, sqlstate, heals
-        down_for = now - outage.since
-        chance = self.random()
-
-        def delay(*, waited_for: bool) -> float:
-            return retry_delay(
-                outage.failures, down_for, waited_for=waited_for, sqlstate=sqlstate, random=chance
-            )
-
-        outage.next_for_nobody = now + delay(waited_for=False)
-        outage.next_for_waiters = now + delay(waited_for=True)
-        if not heals:
-            outage.next_for_waiters = now + UNHEALABLE_DELAY
-            outage.next_for_nobody = max(outage.next_for_nobody, outage.next_for_waiters)
-        self.outage = outage  # complete: reports read it without the lock
-        if not heals and not self._connected():
-            self._refuse_all(Refusal.UNREACHABLE, now)
-        orders: list[Order] = []
-        self._report_outage(now, orders)
-        return orders
 
     def _report_outage(self, now: float, orders: list[Order]) -> None:
         outage = self.outage
@@ -794,7 +678,7 @@ class Machine:
     def _connected(self) -> int:
         """How many connections there are that somebody could still give back, or ping."""
         counts = self.count()
-        return sum(counts[state] for state in _CONNECTED)
+        return sum(counts[state] for state in CONNECTED)
 
     def _refuse_all(self, refusal: Refusal, now: float) -> None:
         while (waiter := self._first_waiter(now)) is not None:
@@ -887,44 +771,23 @@ class Machine:
 
     def _arm(self, now: float, orders: list[Order]) -> None:
         """Order the next tick, unless an earlier one is ordered: an idle pool wakes nobody."""
-        due = min(self._due_times(now), default=float("inf"))
-        self._arm_for(max(due, now), now, orders)
+        due = self._next_due(now)
+        if due < NEVER:
+            self._arm_for(max(due, now), now, orders)
+
+    def _next_due(self, now: float) -> float:
+        shrinkable = self._connected() > self.limits.min_size
+        due = min(due_times(self.slots(), self.limits, now, shrinkable=shrinkable), default=NEVER)
+        outage = self.outage
+        if outage is not None and not self.opening and self._may_grow():
+            return min(due, outage.due(waited_for=bool(self.waiters)))
+        return due
 
     def _arm_for(self, due: float, now: float, orders: list[Order]) -> None:
         # A tick whose time has passed may have been lost to an interrupt, with the list it was in.
         if due < self.armed or self.armed < now:
             self.armed = due
             orders.append(TickAt(due))
-
-    def _due_times(self, now: float) -> Iterator[float]:
-        """When each thing that time brings is due, as far as the hot path lets us know.
-
-        A slot's times only move later when it is borrowed, so a tick at an old one finds nothing to
-        do and orders the right one. What comes due while a slot is in use can be done only when it
-        is back, and giving back tells nobody: hence a look every LOOK_LATER seconds while there is
-        traffic. Once all were idle for ping_after, the next borrow comes the slow way and tells.
-        """
-        shrinkable = self._connected() > self.limits.min_size
-        traffic = False
-        for slot in self.slots():
-            if slot.state in _CONNECTED:
-                in_use = slot.state is not IDLE
-                traffic = traffic or in_use or now - slot.borrowed_at < self.ping_after
-                for due in self._due_times_of(slot, shrinkable=shrinkable):
-                    if due > now or not in_use:
-                        yield due
-        if traffic:
-            yield now + min(self.limits.overdue_after, LOOK_LATER)
-        outage = self.outage
-        if outage is not None and not self.opening and self._may_grow():
-            yield outage.next_for_waiters if self.waiters else outage.next_for_nobody
-
-    def _due_times_of(self, slot: Slot, *, shrinkable: bool) -> Iterator[float]:
-        yield slot.retire_at
-        if shrinkable:
-            yield slot.borrowed_at + self.limits.max_idle
-        if slot.state is IN_USE and not slot.told:
-            yield slot.borrowed_at + self.limits.overdue_after
 
 
 def _snapshot(place: deque[Slot]) -> list[Slot]:
@@ -946,16 +809,3 @@ def _busy(ref: SlotRef) -> bool:
     """Whether somebody may have been using this link at the moment of the fork."""
     slot = ref()
     return slot is None or slot.state is not IDLE
-
-
-def _with_sizes(limits: Limits, min_size: int, max_size: int) -> Limits:
-    return Limits(
-        min_size=min_size,
-        max_size=max_size,
-        max_waiting=limits.max_waiting,
-        max_lifetime=limits.max_lifetime,
-        max_idle=limits.max_idle,
-        ping_after=limits.ping_after,
-        overdue_after=limits.overdue_after,
-        fifo=limits.fifo,
-    )

@@ -9,7 +9,12 @@ The machine writes the tally under the runtime's lock.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from .slot import SlotState
+
+if TYPE_CHECKING:
+    from .machine import Machine
 
 #: Upper edges of the histogram of waits, in seconds: powers of two from 0.12 ms to 64 s.
 WAIT_EDGES: Final = tuple(2.0**n for n in range(-13, 7))
@@ -143,3 +148,37 @@ class Stats:
     orphaned: int
     closed: dict[str, int] = field(default_factory=dict)
     generation: int = 0
+
+
+def snapshot(machine: Machine, name: str, now: float) -> Stats:
+    """All figures of a machine at one moment."""
+    counts, waiting, tally = machine.count(), machine.waiting(), machine.tally
+    borrows = machine.borrows()
+    return Stats(
+        name=name,
+        state=machine.phase.value,
+        min_size=machine.limits.min_size,
+        max_size=machine.limits.max_size,
+        opening=counts[SlotState.OPENING],
+        idle=counts[SlotState.IDLE],
+        in_use=counts[SlotState.IN_USE],
+        pinging=counts[SlotState.PINGING],
+        closing=counts[SlotState.CLOSING],
+        size=sum(counts.values()),
+        waiting=len(waiting),
+        longest_waiting=now - waiting[0].queued_at if waiting else 0.0,
+        borrows=borrows,
+        queued=tally.queued,
+        waited=tally.waited_seconds,
+        longest_wait=tally.longest_wait,
+        wait_p50=wait_quantile(0.50, borrows, tally.waits),
+        wait_p99=wait_quantile(0.99, borrows, tally.waits),
+        timeouts=tally.timeouts,
+        refused=tally.refused,
+        opened=tally.opened,
+        opening_time=tally.opening_seconds,
+        open_failures=tally.open_failures,
+        orphaned=tally.orphaned,
+        closed=dict(tally.closed),
+        generation=machine.generation,
+    )

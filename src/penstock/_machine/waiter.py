@@ -1,0 +1,46 @@
+"""A borrower in the queue, and why one is sent away.
+
+One job: name them. Who is served when is the machine's (`machine.py`).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .slot import Slot
+
+
+class Refusal(Enum):
+    """Why a borrower is sent away."""
+
+    CLOSED = "closed"
+    TOO_MANY = "too many waiting"
+    UNREACHABLE = "the server cannot be reached, and trying again cannot help"
+    DEADLOCK = "would wait for itself"
+
+
+class Waiter:
+    """A borrower in the queue. Whoever waits holds it; the queue refers to it weakly.
+
+    Attributes:
+        owner: who waits, to be compared with `Slot.holder`; 0 when unknown.
+        wake: lets the borrower run; a C function that may be called more than once.
+        slot: what was given to it. Its state tells whether a ping is due before it is used.
+        refusal: why it gets nothing.
+        ticket: its key in the queue, 0 before it queued.
+        queued_at: since when it waits.
+    """
+
+    __slots__ = ("__weakref__", "owner", "queued_at", "refusal", "slot", "ticket", "wake")
+
+    def __init__(self, owner: int, wake: Callable[[], object]) -> None:
+        self.owner = owner
+        self.wake = wake
+        self.slot: Slot | None = None
+        self.refusal: Refusal | None = None
+        self.ticket = 0
+        self.queued_at = 0.0
