@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import queue
 import random
+import sys
 import time
 from contextlib import suppress
 from functools import partial
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from penstock import fork, keeper, watch
 from penstock._drivers.protocol import Activity
-from penstock._machine.machine import Phase, Verdict, Waiter
+from penstock._machine.machine import Phase, Refusal, Verdict, Waiter
 from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Slot, SlotState
 from penstock.alarm import Alarm
@@ -33,6 +34,7 @@ from penstock.upkeep import LONGEST_SLEEP, Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from types import FrameType
 
 #: How long bringing a connection back to a clean state may take at the return, in seconds: a
 #: rollback is one round trip, and a server that does not answer it in this time is not there.
@@ -61,20 +63,40 @@ class Borrowing(Upkeep):
     def _borrow_slowly(self, timeout: float | None = None) -> Slot:
         """A slot that may be used as it is, in use by the calling thread; or an error."""
         notice_fork()
+        seconds = self._seconds(timeout)
+        # What an interrupt left behind is the keeper's to bring home, and nobody else opens.
+        if not keeper.current().ensure_running():
+            raise self._reporter.ending()
         if self._machine.phase is Phase.NEW and self._config.open:
             self._open()
-        seconds = self._seconds(timeout)
-        keeper.current().ensure_running()  # what an interrupt left behind is its to bring home
         gate: queue.SimpleQueue[None] = queue.SimpleQueue()
         waiter = Waiter(get_ident(), partial(gate.put, None))
         try:
-            with self._lock:
-                orders = self._machine.queue_up(waiter, clock())
-            self._carry_out(orders)
+            self._queue_up(waiter)
             return self._wait(waiter, gate, seconds)
         except BaseException:
             self._leave_queue(waiter)
             raise
+
+    def _queue_up(self, waiter: Waiter) -> None:
+        with self._lock:
+            orders = self._machine.queue_up(waiter, clock())
+        self._carry_out(orders)
+        if waiter.refusal is Refusal.DEADLOCK and not self._holds_visibly():
+            # It entered a lease that another thread may end (executors run the two halves of a
+            # dependency in different threads), or has the number of a thread that did: it may wait.
+            waiter.owner, waiter.refusal = 0, None
+            with self._lock:
+                orders = self._machine.queue_up(waiter, clock())
+            self._carry_out(orders)
+
+    def _holds_visibly(self) -> bool:
+        """Whether the calling thread has a connection that it took in a variable on its stack."""
+        me = get_ident()
+        mine = {
+            id(slot.link.conn) for slot in self._machine.slots() if slot.holder == me and slot.link
+        }
+        return _is_on_stack(mine, sys._getframe())
 
     def _wait(self, waiter: Waiter, gate: queue.SimpleQueue[None], seconds: float) -> Slot:
         began = clock()
@@ -281,7 +303,9 @@ class Borrowing(Upkeep):
         `error` is what leaves the block; None commits. Raises what the commit raises, after the
         slot has gone back.
         """
-        notice_fork()  # a commit here would be on the parent's session
+        notice_fork()
+        if not self._machine.has(slot):
+            return  # lent before a fork: what it began is the parent's to end
         failure: Exception | None = None
         try:
             if error is None:
@@ -420,6 +444,16 @@ class Borrowing(Upkeep):
 
 class GivenBack(Exception):  # noqa: N818  never raised: it stands for "roll back" in putconn()
     """What putconn() tells a lease instead of an exception, to have it rolled back."""
+
+
+def _is_on_stack(ids: set[int], top: FrameType | None) -> bool:
+    frame = top
+    while frame is not None:
+        # Copied: a module's variables are the module's own.
+        if any(id(value) in ids for value in list(frame.f_locals.values())):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def notice_fork() -> None:

@@ -189,6 +189,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
         reason: the driver's diagnosis in one line, free of secrets; None shows the cause's class only.
         heals: whether trying again later can help.
         counts: what the slots were doing, or None.
+        next_step: what to do, where it is not the server's or the network's fault; else None.
     """
 
     attempts: int
@@ -197,6 +198,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
     reason: str | None
     heals: bool
     counts: Counts | None
+    next_step: str | None
     _fields = (
         "pool",
         "attempts",
@@ -206,6 +208,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
         "reason",
         "heals",
         "counts",
+        "next_step",
     )
 
     def __init__(
@@ -219,6 +222,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
         reason: str | None = None,
         heals: bool = True,
         counts: Counts | None = None,
+        next_step: str | None = None,
     ) -> None:
         super().__init__(pool=pool)
         self.attempts = attempts
@@ -228,6 +232,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
         self.reason = reason
         self.heals = heals
         self.counts = counts
+        self.next_step = next_step
 
     def __str__(self) -> str:
         since = "" if self.down_seconds is None else f", down for {self.down_seconds:.1f} s"
@@ -238,7 +243,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
             (
                 first,
                 f"  last error: {self._last()}",
-                f"  next step: {_step_when_down(self.sqlstate)}",
+                f"  next step: {self.next_step or _step_when_down(self.sqlstate)}",
             )
         )
 
@@ -540,12 +545,15 @@ def holder_report(
     Returns:
         At most `limit` holders, longest first; empty if nothing could be found out.
     """
+    now: Mapping[int, types.FrameType] | None = None
     try:
         longest = sorted(holds, key=lambda hold: hold.seconds, reverse=True)[:limit]
         now = sys._current_frames() if frames is None else frames  # noqa: SLF001  the documented way
         return [_holder(hold, now.get(hold.ident)) for hold in longest]
     except Exception:  # noqa: BLE001  see above
         return []
+    finally:
+        now = None  # it holds this frame, too: a cycle that would keep every thread's variables
 
 
 def _holder(hold: Hold, top: types.FrameType | None) -> Holder:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 from collections import deque
 from functools import partial
@@ -121,20 +122,26 @@ class Keeper:
 
     # -- its threads ------------------------------------------------------------------------------
 
-    def ensure_running(self) -> None:
-        """Start the keeper's thread unless it runs; cheap, and repeatable after an interrupt."""
-        thread = self._thread
-        if thread is None or not thread.is_alive():
-            self._start()
+    def ensure_running(self) -> bool:
+        """Start the keeper's thread unless it runs; cheap, and repeatable after an interrupt.
 
-    def _start(self) -> None:
+        Returns:
+            False when none can be started: the interpreter is ending, or the system has none left.
+        """
+        thread = self._thread
+        return (thread is not None and thread.is_alive()) or self._start()
+
+    def _start(self) -> bool:
+        if sys.is_finalizing():
+            # Whatever is started now never runs, and a lock may be held by a thread that is gone.
+            return False
         with self._lock:
             if clock() < self._parked_until or (
                 self._thread is not None and self._thread.is_alive()
             ):
-                return
+                return True
             self._thread = threading.Thread(target=self._run, name="penstock-keeper", daemon=True)
-            _try_to_start(self._thread)
+            return _try_to_start(self._thread)
 
     def _hand_to_worker(self, job: Job) -> None:
         self._jobs.put(job)

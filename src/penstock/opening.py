@@ -49,12 +49,14 @@ class Failure:
         heals: whether trying again can help.
         sqlstate: the server's code, if it gave one.
         text: one line for people, without secrets.
+        next_step: what to do, where it is not the server's or the network's fault.
     """
 
     error: BaseException
     heals: bool
     sqlstate: str | None
     text: str
+    next_step: str | None = None
 
 
 class Opener:
@@ -90,13 +92,22 @@ class Opener:
             Exception: the driver's, or what a callable of the user raised. Nothing is left open.
         """
         began = clock()
-        link = self._driver.open(self.recipe(), seconds)
+        link = self._driver.open(self._called_recipe(), seconds)
         try:
             self._configure_within(link, max(DIAGNOSE_SECONDS, began + seconds - clock()))
         except BaseException:
             link.close()
             raise
         return link
+
+    def _called_recipe(self) -> Recipe:
+        """The recipe; a bug in a callable of the user is told from a server that is down."""
+        try:
+            return self.recipe()
+        except OSError:
+            raise  # a token service that is down, say: it may be up later
+        except Exception as error:
+            raise RecipeError("conninfo= or kwargs= raised") from error
 
     def _configure_within(self, link: Any, seconds: float) -> None:
         with Alarm(link, seconds) as alarm:
@@ -122,6 +133,12 @@ class Opener:
         _drop_tracebacks(error)
         if isinstance(error, ConfigureError):
             return self._explain_configure(error)
+        if isinstance(error, RecipeError):
+            cause = error.__cause__ or error
+            text = f"{error}: {_one_line(cause)}"
+            return Failure(cause, heals=False, sqlstate=None, text=text, next_step=_STEP_RECIPE)
+        if not isinstance(error, Exception):  # SystemExit in a callable, say
+            return Failure(error, heals=False, sqlstate=None, text=_one_line(error))
         diagnosis = self._diagnosis(error)
         return Failure(error, diagnosis.heals, diagnosis.sqlstate, diagnosis.text)
 
@@ -129,11 +146,19 @@ class Opener:
         """The session was there: what failed is the user's code, or what it asked of the server."""
         cause = error.__cause__
         if cause is None:
-            return Failure(error, heals=False, sqlstate=None, text=str(error))
+            return Failure(
+                error, heals=False, sqlstate=None, text=str(error), next_step=_STEP_CONFIGURE
+            )
         # A bug stays one however often it is tried; the server may be of another mind later.
         heals = isinstance(cause, (self._driver.operational_error, OSError))
         text = f"{error}: {_one_line(cause)}"
-        return Failure(cause, heals, getattr(cause, "sqlstate", None), text)
+        return Failure(
+            cause,
+            heals,
+            getattr(cause, "sqlstate", None),
+            text,
+            next_step=None if heals else _STEP_CONFIGURE,
+        )
 
     def _diagnosis(self, error: BaseException) -> Diagnosis:
         key = (type(error), str(error))
@@ -146,6 +171,16 @@ class Opener:
             diagnosis = Diagnosis(sqlstate=None, heals=True, text=_one_line(error))
         self._known = (key, diagnosis)
         return diagnosis
+
+
+_STEP_CONFIGURE: Final = (
+    "look at configure=: it is the program's own; it must end without error, idle"
+)
+_STEP_RECIPE: Final = "look at the callable given as conninfo= or kwargs=: it must return them"
+
+
+class RecipeError(Exception):
+    """The user's callable for `conninfo` or `kwargs` raised (its cause)."""
 
 
 class ConfigureError(Exception):

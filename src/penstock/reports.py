@@ -172,6 +172,14 @@ class Reporter:
             "use the connection that it has, or give it back first, or raise max_size",
         )
 
+    def ending(self) -> PenstockError:
+        """No thread can be started, so nothing can be opened."""
+        return self._make(
+            ServerUnavailable,
+            reason="no thread can be started to connect: the interpreter is ending, or out of threads",
+            next_step="use the pool before the interpreter ends: atexit handlers and __del__ are late",
+        )
+
     def misuse(self, what: str, next_step: str) -> PenstockError:
         """The program did something that cannot be right."""
         return self._make(MisuseError, what=what, next_step=next_step)
@@ -186,6 +194,7 @@ class Reporter:
             sqlstate=failure.sqlstate,
             reason=failure.text,
             heals=failure.heals,
+            next_step=failure.next_step,
             counts=self.counts(),
         )
         error.__cause__ = failure.error
@@ -203,6 +212,7 @@ class Reporter:
             sqlstate=failure.sqlstate,
             reason=failure.text,
             heals=failure.heals,
+            next_step=failure.next_step,
         )
         error.__cause__ = failure.error
         return error

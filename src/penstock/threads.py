@@ -280,7 +280,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
 
     # -- the pool's life --------------------------------------------------------------------------
 
-    def open(self, *, wait: bool = False, timeout: float | None = None) -> None:
+    def open(self, wait: bool = False, timeout: float | None = None) -> None:
         """Open the pool, now instead of at the first borrow; a closed pool is opened again.
 
         Args:
@@ -298,21 +298,24 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         if wait:
             self._wait_until_open(self._seconds(timeout))
 
-    def close(self, timeout: float = 5.0) -> None:
+    def close(self, timeout: float | None = 5.0) -> None:
         """Close the pool: idle connections now, lent ones when they are given back.
 
         Whoever waits for a connection gets `PoolClosed`. Does nothing on a closed pool.
 
         Args:
-            timeout: seconds to wait for lent connections to come back. After that the pool is
-                closed all the same, with a warning, and they are closed when they come back.
+            timeout: seconds to wait for lent connections to come back; None: as long as it takes.
+                After that the pool is closed all the same, with a warning, and they are closed
+                when they come back.
         """
+        if sys.is_finalizing():
+            return  # the threads are gone, and may have held our lock; the system closes the rest
         notice_fork()  # else it would end the parent's sessions
         was_open = self._machine.phase is Phase.OPEN
         self._reporter.closed_at = clock()
         self._move(self._machine.close, self._carry_out_here)
         if was_open:
-            self._wait_until_empty(timeout)
+            self._wait_until_empty(FOREVER if timeout is None else timeout)
 
     @property
     def closed(self) -> bool:

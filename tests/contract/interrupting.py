@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import penstock
-from penstock import keeper
+from penstock import keeper, upkeep
 
 SOURCES = f"{Path(penstock.__file__).parent}/"
 
@@ -190,7 +190,11 @@ def _one_keeper():
 
 def _locks_held(pool):
     """Asked from another thread, since the locks are reentrant."""
-    locks = {"the pool's": pool._lock, "the keeper's": keeper.current()._lock}
+    locks = {
+        "the pool's": pool._lock,
+        "the keeper's": keeper.current()._lock,
+        "the watcher's": upkeep._watcher()._changing,
+    }
     free = []
 
     def ask():

@@ -210,8 +210,10 @@ def test_a_waiter_whose_time_is_up_is_not_counted_any_more(make_pool):
 
 def test_a_borrower_that_would_wait_for_itself_is_told_at_once(make_pool):
     pool = make_pool(max_size=2)
-    with pool.connection(), pool.connection(), pytest.raises(MisuseError, match="wait for itself"):
-        pool.getconn()
+    with pool.connection() as one, pool.connection() as two:
+        with pytest.raises(MisuseError, match="wait for itself"):
+            pool.getconn()
+        assert one is not two
     with pool.connection():
         pass
 
@@ -222,7 +224,8 @@ def test_two_borrowers_that_would_wait_for_each_other_are_told(make_pool, until)
     ended: list[object] = []
 
     def other():
-        with pool.connection():
+        with pool.connection() as held:
+            assert not held.closed
             other_has.set()
             both_have.wait(20)
             try:
@@ -232,7 +235,8 @@ def test_two_borrowers_that_would_wait_for_each_other_are_told(make_pool, until)
                 ended.append(error)
 
     thread = threading.Thread(target=other)
-    with pool.connection():
+    with pool.connection() as mine:
+        assert not mine.closed
         thread.start()
         assert other_has.wait(20)
         both_have.set()
@@ -648,3 +652,54 @@ def test_a_pool_that_nobody_has_tried_since_an_outage_is_ready(make_pool, server
     health = pool.health()
     assert health.ready
     assert "nobody has tried since" in health.why
+
+
+def test_a_lease_that_another_thread_will_end_is_no_deadlock(make_pool, until):
+    """Executors run the two halves of a dependency in different threads."""
+    pool = make_pool(max_size=1)
+    entered = threading.Event()
+    served = []
+
+    def enter(lease):
+        lease.__enter__()
+        entered.set()
+        # The same thread asks again, for another request, while the first one is still on its way.
+        with pool.connection() as conn:
+            served.append(conn)
+
+    lease = pool.connection()
+    thread = threading.Thread(target=enter, args=(lease,))
+    thread.start()
+    assert entered.wait(20)
+    until(lambda: pool.stats().waiting == 1)
+    lease.__exit__(None, None, None)
+    thread.join(20)
+    assert len(served) == 1
+
+
+def test_a_child_that_leaves_the_parents_block_ends_nothing(make_pool, server):
+    pool = make_pool()
+    with pool.connection() as conn:
+        conn.execute("insert")
+        pool.after_fork_in_child()  # as the hook does, in this very process
+    assert [text for _, text in server.statements] == ["insert"]
+    server.sessions.clear()
+
+
+def test_a_bug_in_a_callable_is_told_from_a_server_that_is_down(make_pool):
+    settings: dict[str, str] = {}
+    pool = make_pool(conninfo=lambda: settings["dsn"])
+    with pytest.raises(ServerUnavailable, match="look at the callable") as caught:
+        pool.getconn()
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_close_may_wait_as_long_as_it_takes(make_pool):
+    pool = make_pool()
+    pool.open(True)
+    holder = Borrower(pool).wait()
+    closer = threading.Thread(target=pool.close, args=(None,))
+    closer.start()
+    holder.end()
+    closer.join(20)
+    assert not closer.is_alive()

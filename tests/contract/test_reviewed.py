@@ -455,12 +455,10 @@ def test_waiting_for_a_huge_number_of_seconds_is_waiting(make_pool, until, huge)
     holder.end()
     assert waiter.wait().error is None
     waiter.end()
-    with (
-        pool.connection(timeout=huge),
-        pytest.raises(MisuseError),
-        pool.connection(timeout=huge),
-    ):
-        pass
+    with pool.connection(timeout=huge) as conn:
+        with pytest.raises(MisuseError):
+            pool.getconn(timeout=huge)
+        assert not conn.closed
     with pool.dedicated(timeout=huge) as conn:
         conn.execute("select 1")
     pool.close(timeout=huge)

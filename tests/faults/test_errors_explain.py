@@ -351,8 +351,10 @@ def test_timeout_0_takes_only_what_is_free(pool_of):
 
 def test_who_would_wait_for_itself_is_told_at_once(pool_of):
     pool = pool_of(max_size=1)
-    with pool.connection(), pytest.raises(MisuseError, match="would wait for itself") as caught:
-        pool.execute("select 1", timeout=PATIENCE)
+    with pool.connection() as conn:
+        with pytest.raises(MisuseError, match="would wait for itself") as caught:
+            pool.execute("select 1", timeout=PATIENCE)
+        assert not conn.closed
     assert isinstance(caught.value, psycopg.InterfaceError)
     assert "1 of 1 in use" in str(caught.value)
     assert pool.execute("select 1").fetchone() == (1,)
@@ -365,7 +367,8 @@ def test_two_that_would_wait_for_each_other_are_told_at_once(pool_of):
 
     def hold_and_ask():
         try:
-            with pool.connection():
+            with pool.connection() as conn:
+                assert not conn.closed
                 both_hold.wait(PATIENCE)
                 outcomes.append(pool.execute("select 1", timeout=PATIENCE).fetchone())
         except MisuseError as error:

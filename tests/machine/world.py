@@ -128,7 +128,7 @@ class World:
     def _lease(self, slot: Slot) -> None:
         assert slot.state is SlotState.IN_USE, f"lent while {slot.state}"
         if slot.link not in self.inherited:
-            assert self.machine._has(slot), "a slot that is not the pool's was lent"
+            assert self.machine.has(slot), "a slot that is not the pool's was lent"
         assert slot.link not in self.spoiled, "a connection was lent that was given back unusable"
         slot.link.lend()
         self.leases.append(Lease(slot))
@@ -173,7 +173,7 @@ class World:
 
     def give_back(self, index: int, verdict: Verdict, *, suspect: bool, reset: bool) -> None:
         slot = self.leases.pop(index).slot
-        ours = self.machine._has(slot)
+        ours = self.machine.has(slot)
         slot.link.park()
         slot.loose = False
         if suspect:
@@ -225,7 +225,7 @@ class World:
         self._expect_orphan(self.leases.pop(index).slot)
 
     def _expect_orphan(self, slot: Slot | None) -> None:
-        self.dropped += slot is not None and self.machine._has(slot)
+        self.dropped += slot is not None and self.machine.has(slot)
 
     # -- the keeper -------------------------------------------------------------------------------
 
@@ -259,12 +259,12 @@ class World:
         else:
             assert link.user is None, "a connection in use was closed"
             link.close()
-        if self.machine._has(order.slot):
+        if self.machine.has(order.slot):
             self.closed[order.reason.value] = self.closed.get(order.reason.value, 0) + 1
         self._take_on(self.machine.closed(order.slot, order.reason, self.now))
 
     def _answer_open(self, slot: Slot, result: FakeLink | FakeError | None) -> None:
-        known = self.machine._has(slot)
+        known = self.machine.has(slot)
         if isinstance(result, FakeLink):
             self.opened += known
             self._take_on(self.machine.opened(slot, result, self.now))
@@ -283,7 +283,7 @@ class World:
         """An interrupt struck between the machine and the keeper: nobody has the order any more."""
         flight = self.flights[index]
         # A Close for a link that is not the pool's any more would leave it to Python to end it.
-        if flight.result is None and self.machine._has(flight.order.slot):
+        if flight.result is None and self.machine.has(flight.order.slot):
             self.dropped += 1
             del self.flights[index]
 
@@ -454,7 +454,7 @@ class World:
             assert not slot.reset_pending, "a connection was lent with a reset under way"
 
     def _holders(self) -> tuple[bool, set[int], set[int]]:
-        held = [lease.slot for lease in self.leases if self.machine._has(lease.slot)]
+        held = [lease.slot for lease in self.leases if self.machine.has(lease.slot)]
         given = [s.waiter.slot for s in self.seats if s.waiter.slot is not None]
         every = len(held) + len(given) == len(self.machine.refs) >= self.machine.limits.max_size
         holders = {slot.holder for slot in held + given}
@@ -504,7 +504,7 @@ class World:
         assert len(places) == len({id(slot) for slot, _ in places}), "a slot is in two places"
         for slot, states in places:
             assert slot.state in states, f"{slot} where it should be {states}"
-        ours = {id(slot) for slot, _ in places if self.machine._has(slot)}
+        ours = {id(slot) for slot, _ in places if self.machine.has(slot)}
         alive = {id(slot) for slot in self.machine.slots()}
         assert ours == alive, "a slot is in no place"
         dead = {serial for serial, ref in self.machine.refs.items() if ref() is None}

@@ -153,7 +153,13 @@ def _resolved(
     try:
         found = socket.getaddrinfo(host, port or None, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a label above 63 bytes
-        failure = psycopg.OperationalError(f"could not resolve the host name {host!r}: {error}")
+        # With an @ it is the end of a password that was not escaped.
+        shown = (
+            "(not shown: it has an @; write %40 for one in a password)"
+            if "@" in host
+            else repr(host)
+        )
+        failure = psycopg.OperationalError(f"could not resolve the host name {shown}: {error}")
         failure.__cause__ = error
         failures.append(failure)
         return []

@@ -239,7 +239,7 @@ class Machine:
         slot = waiter.slot
         if slot is not None:
             waiter.slot = None
-            if self._has(slot):  # else it is of before a fork: the parent's
+            if self.has(slot):  # else it is of before a fork: the parent's
                 self._pass_on(slot, now, orders)
         if timed_out and waiter.refusal is None:
             self.tally.timeouts += 1
@@ -247,7 +247,7 @@ class Machine:
 
     def pinged(self, slot: Slot, now: float) -> list[Order]:
         """The borrower's ping was answered: the slot is as good as a fresh one."""
-        if self._has(slot) and slot.generation == self.generation:
+        if self.has(slot) and slot.generation == self.generation:
             slot.vouch(self.epoch)
         slot.move(Move.PINGED)
         slot.borrowed_at = now
@@ -260,11 +260,11 @@ class Machine:
 
         Afterwards the slot is to be pinged by him, or it has ended and he is in the queue again.
         """
-        if self._has(slot) and self._unfit(slot, now) is None:
+        if self.has(slot) and self._unfit(slot, now) is None:
             slot.move(Move.DOUBT)
             return []
         orders: list[Order] = []
-        if self._has(slot):
+        if self.has(slot):
             self._end(slot, self._unfit(slot, now) or Reason.DRAINED, orders)
         self._queue_again(waiter)
         return orders + self.look_again(now)
@@ -272,7 +272,7 @@ class Machine:
     def ping_failed(self, slot: Slot, waiter: Waiter, now: float) -> list[Order]:
         """The borrower's ping was not answered; he goes back to his place in the queue."""
         orders: list[Order] = []
-        if self._has(slot):
+        if self.has(slot):
             self._end(slot, Reason.UNANSWERED, orders)
         self._doubt()
         self._queue_again(waiter)
@@ -289,7 +289,7 @@ class Machine:
         orders: list[Order] = []
         if suspect:
             self._doubt()
-        if not self._has(slot):
+        if not self.has(slot):
             return orders  # of before a fork, or brought home already: not ours any more
         if verdict is not Verdict.CLEAN:
             bad = Reason.BROKEN if verdict is Verdict.BROKEN else Reason.UNCLEAN
@@ -305,7 +305,7 @@ class Machine:
         """The answer to `Open`: here is the link."""
         orders: list[Order] = []
         ref = slot.ref
-        if ref is None or not self._has(slot):
+        if ref is None or not self.has(slot):
             slot.link = link
             slot.state = SlotState.CLOSING  # forked or forgotten meanwhile: only its link counts
             return [Close(slot, Reason.DRAINED, discard=True)]
@@ -329,7 +329,7 @@ class Machine:
         self, slot: Slot, error: Any, now: float, *, heals: bool, sqlstate: str | None
     ) -> list[Order]:
         """The answer to `Open`: it did not work."""
-        current = self._has(slot) and slot.generation == self.generation
+        current = self.has(slot) and slot.generation == self.generation
         self._forget(slot)
         slot.move(Move.OPEN_FAILED)
         if not current or self.phase is not Phase.OPEN:
@@ -347,7 +347,7 @@ class Machine:
     def closed(self, slot: Slot, reason: Reason, now: float) -> list[Order]:
         """The answer to `Close`: the connection has ended, its right is free."""
         ref = slot.ref
-        if ref is not None and self._has(slot):
+        if ref is not None and self.has(slot):
             self.tally.connection_closed(reason.value, ref.borrows)
         self._forget(slot)
         slot.move(Move.CLOSED)
@@ -746,7 +746,7 @@ class Machine:
             self.refs.pop(ref.serial, None)
         slot.ref = None  # with its last reference, so that its death calls nobody
 
-    def _has(self, slot: Slot) -> bool:
+    def has(self, slot: Slot) -> bool:
         """Whether this slot is one of ours: not of before a fork, not brought home under another."""
         return slot.ref is not None and self.refs.get(slot.ref.serial) is slot.ref
 
