@@ -36,6 +36,7 @@ FLOORS = (
         "upkeep",
         "dedicated",
         "alarm",
+        "with_blocks",
     },
     {"pools"},
     {"integrations", "compat", "observe"},

@@ -31,6 +31,7 @@ from penstock.alarm import Alarm
 from penstock.clock import clock
 from penstock.errors import ConfigError, PenstockError, PoolTimeout
 from penstock.upkeep import LONGEST_SLEEP, Upkeep
+from penstock.with_blocks import is_inside_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -91,7 +92,12 @@ class Borrowing(Upkeep):
             self._carry_out(orders)
 
     def _holds_visibly(self) -> bool:
-        """Whether the calling thread has a connection that it took in a variable on its stack."""
+        """Whether the calling thread is seen to hold a connection that it took.
+
+        It stands in a variable on the stack, or the line that asks is inside a `with` block.
+        """
+        if is_inside_with(_first_of_caller(sys._getframe())):
+            return True
         me = get_ident()
         mine = {
             id(slot.link.conn) for slot in self._machine.slots() if slot.holder == me and slot.link
@@ -444,6 +450,13 @@ class Borrowing(Upkeep):
 
 class GivenBack(Exception):  # noqa: N818  never raised: it stands for "roll back" in putconn()
     """What putconn() tells a lease instead of an exception, to have it rolled back."""
+
+
+def _first_of_caller(top: FrameType | None) -> FrameType | None:
+    frame = top
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("penstock."):
+        frame = frame.f_back
+    return frame
 
 
 def _is_on_stack(ids: set[int], top: FrameType | None) -> bool:

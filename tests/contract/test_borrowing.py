@@ -703,3 +703,13 @@ def test_close_may_wait_as_long_as_it_takes(make_pool):
     holder.end()
     closer.join(20)
     assert not closer.is_alive()
+
+
+def test_a_borrower_that_would_wait_for_itself_is_told_without_a_variable_too(make_pool):
+    pool = make_pool(max_size=1)
+    with pytest.raises(MisuseError), pool.connection(), pool.connection():
+        pass
+    with pool.connection(), pytest.raises(MisuseError, match="wait for itself"):
+        pool.getconn()
+    with pool.connection():
+        pass
