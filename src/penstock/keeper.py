@@ -126,7 +126,7 @@ class Keeper:
         """Start the keeper's thread unless it runs; cheap, and repeatable after an interrupt.
 
         Returns:
-            False when none can be started: the interpreter is ending, or the system has none left.
+            False when none will ever be started any more: the interpreter is ending.
         """
         thread = self._thread
         return (thread is not None and thread.is_alive()) or self._start()
@@ -141,7 +141,8 @@ class Keeper:
             ):
                 return True
             self._thread = threading.Thread(target=self._run, name="penstock-keeper", daemon=True)
-            return _try_to_start(self._thread)
+            _try_to_start(self._thread)
+        return not _ending
 
     def _hand_to_worker(self, job: Job) -> None:
         self._jobs.put(job)
@@ -279,10 +280,16 @@ def _wait_gone(thread: threading.Thread | None, deadline: float) -> None:
         fork.wait_gone(thread, max(0.0, deadline - clock()))
 
 
+#: Not empty once the interpreter has said that it starts no more threads.
+_ending: list[bool] = []
+
+
 def _try_to_start(thread: threading.Thread) -> bool:
     try:
         thread.start()
-    except RuntimeError:  # the interpreter is ending, or the system has no thread left
+    except RuntimeError as error:  # the interpreter is ending, or the system has no thread left
+        if "shutdown" in str(error):  # CPython's word, from 3.12 on; before, nothing is said
+            _ending.append(True)
         _log.debug("a thread cannot be started", exc_info=True)
         return False
     return True

@@ -176,7 +176,7 @@ class Reporter:
         """No thread can be started, so nothing can be opened."""
         return self._make(
             ServerUnavailable,
-            reason="no thread can be started to connect: the interpreter is ending, or out of threads",
+            reason="no thread can be started to connect: the interpreter is ending",
             next_step="use the pool before the interpreter ends: atexit handlers and __del__ are late",
         )
 

@@ -257,8 +257,9 @@ class FakeLink:
         self._parked = False
         self._activity = Activity.IDLE
         self._wire = threading.Lock()
-        self._ours, self._theirs = socket.socketpair()
-        self.fd = self._ours.fileno()
+        # Bare descriptors: a socket object that dies in a cycle warns before `__del__` can close it.
+        self._ours, self._theirs = (end.detach() for end in socket.socketpair())
+        self.fd = self._ours
         self.conn = FakeConnection(self, autocommit=recipe.autocommit)
         self.number = server._connect(self, seconds)  # noqa: SLF001  the other end of one wire
 
@@ -390,13 +391,17 @@ class FakeLink:
             self._server._changed.notify_all()  # noqa: SLF001
 
     def _close_sockets(self) -> None:
-        self._ours.close()
-        self._theirs.close()
+        for end in (self._ours, self._theirs):
+            if end >= 0:
+                os.close(end)
+        self._ours = self._theirs = -1
 
 
-def _shut_down(end: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # closed already
-        end.shutdown(socket.SHUT_RDWR)
+def _shut_down(end: int) -> None:
+    if end < 0:
+        return
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(end)) as same:  # ended already
+        same.shutdown(socket.SHUT_RDWR)
 
 
 class FakeDriver:
