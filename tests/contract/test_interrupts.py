@@ -666,9 +666,7 @@ class PoolThatForgetsOrphans(ConnectionPool):
 def test_a_planted_fault_is_found(tripwire, monkeypatch, kind, act, fault):
     monkeypatch.setattr(interrupting, "PATIENCE", 0.5)
     report = interrupt_everywhere(tripwire, act(), kind=kind, stop_at=1)
-    # With so little patience a loaded machine shows some faults under another name, first.
-    print(f"planted: {fault}; found: {report.faults}")
-    assert report.faults
+    assert fault in "\n".join(report.faults)
 
 
 # -- storms ---------------------------------------------------------------------------------------
