@@ -233,7 +233,9 @@ def noticed() -> None:
     if failures:
         # There was no hook, so a lock of logging's may be held for ever by a thread that is not
         # here: only this thread would hang on it.
-        threading.Thread(target=_report_all, args=(failures,), daemon=True).start()
+        threading.Thread(
+            target=_report_all, args=(failures,), name="penstock-fork-report", daemon=True
+        ).start()
 
 
 class _Turn:
