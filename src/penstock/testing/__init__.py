@@ -1,0 +1,36 @@
+"""For tests, penstock's and yours: the outside world as a test wants it.
+
+* `FakeServer`, `FakeDriver`, `FakeClock`, ...: no database at all (`fakes.py`);
+* `undone`: a pool on a real database, where nothing stays (`undone.py`);
+* ``pytest_plugins = ["penstock.testing.plugin"]``: both as fixtures, with a temporary PostgreSQL.
+
+One job: the names. Importing it needs neither pytest nor a driver.
+"""
+
+from penstock.testing.fakes import (
+    DoubleUse,
+    FakeClock,
+    FakeConnection,
+    FakeCursor,
+    FakeDriver,
+    FakeError,
+    FakeInterfaceError,
+    FakeLink,
+    FakeOperationalError,
+    FakeServer,
+    Mode,
+)
+
+__all__ = [
+    "DoubleUse",
+    "FakeClock",
+    "FakeConnection",
+    "FakeCursor",
+    "FakeDriver",
+    "FakeError",
+    "FakeInterfaceError",
+    "FakeLink",
+    "FakeOperationalError",
+    "FakeServer",
+    "Mode",
+]
