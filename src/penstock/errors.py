@@ -353,13 +353,19 @@ class ConfigError(PenstockError, ValueError):
         allowed: what is allowed, as a phrase that follows "must be"; None: there is no such option.
         pool: name of the pool, or None.
         hint: a further sentence ("did you mean ...?"), or None.
+        what: what is wrong, where it is not the value of one option; replaces the other texts.
+        file: the configuration file, as it was named, or None.
+        line: the line in it, from 1, or None.
     """
 
     key: str
     given: str
     allowed: str | None
     hint: str | None
-    _fields = ("pool", "key", "given", "allowed", "hint")
+    what: str | None
+    file: str | None
+    line: int | None
+    _fields = ("pool", "key", "given", "allowed", "hint", "what", "file", "line")
 
     def __init__(
         self,
@@ -369,18 +375,28 @@ class ConfigError(PenstockError, ValueError):
         *,
         pool: str | None = None,
         hint: str | None = None,
+        what: str | None = None,
+        file: str | None = None,
+        line: int | None = None,
     ) -> None:
         super().__init__(pool=pool)
         self.key = key
         self.given = given
         self.allowed = allowed
         self.hint = hint
+        self.what = what
+        self.file = file
+        self.line = line
 
     def __str__(self) -> str:
         of = "" if self.pool is None else f" of {_pool(self.pool)}"
         text = f"unknown option {self.key!r}{of}"
-        if self.allowed is not None:
+        if self.what is not None:
+            text = f"{self.what}{of and ','}{of}"
+        elif self.allowed is not None:
             text = f"option {self.key!r}{of} must be {self.allowed}, not {self.given}"
+        if self.file is not None:
+            text += f", at {self.file}" + (f":{self.line}" if self.line else "")
         return text if self.hint is None else f"{text}: {self.hint}"
 
 
