@@ -107,7 +107,9 @@ class Keeper:
         self.tell(partial(self._set_timer, pool, when))
 
     def _set_timer(self, pool: weakref.ref[Kept], when: float) -> None:
-        self._timers[pool] = min(when, self._timers.get(pool, when))
+        alive = pool()  # a dead reference has no hash, and nothing to tick
+        if alive is not None:
+            self._timers[pool] = min(when, self._timers.get(pool, when))
 
     def ring_at(self, alarm: Rings, when: float) -> None:
         """Call ``alarm.ring()`` at `when`, unless it is forgotten before."""

@@ -433,6 +433,18 @@ def keeper_is_through():
 HUGE = [1e11, 1e300]
 
 
+def test_a_pool_that_goes_before_the_keeper_hears_of_its_timer_is_no_error(caplog):
+    held, go_on = threading.Event(), threading.Event()
+    keeper.current().tell(lambda: (held.set(), go_on.wait(PATIENCE)))
+    assert held.wait(PATIENCE)
+    pool = Ticked()
+    keeper.current().call_at(weakref.ref(pool), clock() + 1000)
+    del pool
+    go_on.set()
+    keeper_is_through()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 @pytest.mark.parametrize("huge", HUGE)
 def test_a_tick_in_a_huge_number_of_seconds_lets_the_keeper_sleep(make_pool, until, caplog, huge):
     end_keeper()  # another pool's timer would have a new one wake up sooner
