@@ -1,0 +1,69 @@
+"""A response body that keeps its request's connection until it has been sent.
+
+One job: `Streamed`, the iterable behind `db.stream()`.
+
+It must not know: pools, transactions; it tells the `Loans` that it has ended. It takes no lock: a
+body is iterated by one thread.
+
+However a body ends, the connection comes back: read to its end, by its own exception, by `close()`
+(a WSGI server calls it when the client has gone, too, and when nothing was read), and, if it is
+merely dropped, by the pool's own net (see loans.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self
+
+from flask import stream_with_context
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from penstock.integrations.loans import Loan, Loans
+
+
+class Streamed:
+    """Chunks of a body, in the context of the request that answers with it.
+
+    Args:
+        body: gives the chunks.
+        loans: the request's.
+        key: the database whose connection is kept.
+        loan: that connection's.
+    """
+
+    def __init__(self, body: Iterable[Any], loans: Loans, key: str, loan: Loan) -> None:
+        self._body = body
+        self._chunks: Any = stream_with_context(iter(body))
+        self._loans = loans
+        self._key = key
+        self._loan: Loan | None = loan
+        loan.streams.add(self)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._chunks)
+        except StopIteration:
+            self.close()
+            raise
+        except BaseException as error:
+            self._end(error)
+            raise
+
+    def close(self) -> None:
+        """End it, wherever it is. Does nothing the second time."""
+        self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
+        loan, self._loan = self._loan, None
+        if loan is None:
+            return
+        try:
+            self._chunks.close()
+            if hasattr(self._body, "close"):
+                self._body.close()  # of one that never began, nobody else does
+        finally:
+            self._loans.end_stream(self._key, loan, self, error)
