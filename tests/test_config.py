@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import pytest
 
-from penstock.config import OPTIONS, PoolConfig, Secret, application_name, redacted
+from penstock.config import OPTIONS, PoolConfig, application_name, redacted
 from penstock.errors import ConfigError
+from penstock.secret import Secret
 
 
 def refuse() -> None:

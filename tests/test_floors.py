@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent / "src"
 # Every module, or the package it is in, by floor; a module imports from its own floor or below.
 FLOORS = (
     {"_machine"},
-    {"_drivers", "config", "errors", "events", "clock", "result"},
+    {"_drivers", "config", "errors", "events", "clock", "result", "redacted", "secret"}
+    | {"conninfo", "sections", "inifile", "tomlfile", "settings", "sources"},
     {
         "threads",
         "aio",

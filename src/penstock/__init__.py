@@ -21,6 +21,7 @@ from penstock.errors import (
     TooManyRequests,
 )
 from penstock.lease import Lease
+from penstock.pools import Pools
 from penstock.reports import Health
 from penstock.result import Result
 from penstock.threads import ConnectionPool
@@ -38,6 +39,7 @@ __all__ = [
     "PoolClosed",
     "PoolConfig",
     "PoolTimeout",
+    "Pools",
     "Result",
     "ServerUnavailable",
     "Stats",

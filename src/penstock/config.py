@@ -2,8 +2,8 @@
 
 Whoever has a PoolConfig need not check again: numbers are numbers, in range, and fit each other.
 
-It must not know: how pools work, files, environment variables (they come later and build a
-PoolConfig from what they read), any driver. It calls none of the user's callables.
+It must not know: how pools work, any driver. Files and environment variables are read by
+`sources.py`, which builds a PoolConfig. It calls none of the user's callables.
 
 No lock: values do not change.
 """
@@ -12,29 +12,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypedDict, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, get_origin
 
 from penstock._machine.policy import Limits
 from penstock.errors import ConfigError
+from penstock.redacted import redacted
+from penstock.secret import Hidden, Unfit, veiled
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from penstock._drivers.protocol import Driver
-
-
-class Secret(str):
-    """A text whose repr is blank, so that tracebacks with locals do not show it."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "'***'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -110,13 +106,6 @@ class PoolConfig:
     read_write: bool = False
     open: bool = True
 
-    if not TYPE_CHECKING:
-        # The generated __init__ would say TypeError; type checkers see that one and know the names.
-        def __new__(cls, **options: object) -> Self:
-            """Refuse unknown names before `__init__` sees them."""
-            refuse_unknown(options)
-            return object.__new__(cls)
-
     def __post_init__(self) -> None:
         if self.name is not None:  # first, because every other error names the pool
             self._check(isinstance(self.name, str) and self.name.strip(), "name", "a text or None")
@@ -135,8 +124,57 @@ class PoolConfig:
         Raises:
             ConfigError: for an unknown name, or a value that does not fit.
         """
-        refuse_unknown(changes, pool=self.name)
-        return dataclasses.replace(self, **changes)
+        given = Hidden(changes)
+        del changes  # no secret in a local variable of a frame that may raise
+        refuse_unknown(list(given.value), pool=self.name)
+        return PoolConfig(**{**{key: getattr(self, key) for key in OPTIONS}, **given.value})
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], *, name: str | None = None) -> PoolConfig:
+        """Read a mapping: connection settings and pool options side by side.
+
+        Args:
+            mapping: see docs/configuration.md for its keys; case does not matter, and texts are
+                converted to what the option wants.
+            name: the pool's name, unless the mapping has one.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        given = Hidden(mapping)
+        del mapping
+        config: PoolConfig = _sources().from_mapping(given, name)
+        return config
+
+    @classmethod
+    def from_env(cls, prefix: str = "PENSTOCK_") -> PoolConfig:
+        """Read environment variables: ``PENSTOCK_URL``, ``PENSTOCK_MAX_SIZE`` and so on.
+
+        Where no variable of the prefix says where to connect, ``DATABASE_URL`` does (with the
+        default prefix only); where that is not set either, libpq's own sources do.
+
+        Args:
+            prefix: what the variables' names begin with.
+
+        Raises:
+            ConfigError: naming the variable.
+        """
+        config: PoolConfig = _sources().from_env(prefix)
+        return config
+
+    @classmethod
+    def from_file(cls, path: str | Path, section: str | None = None) -> PoolConfig:
+        """Read one database's section of a TOML or INI file.
+
+        Args:
+            path: the suffix decides: ``.toml``; ``.ini``, ``.cfg``, ``.conf``.
+            section: its name; None: the only one, or the one named "default".
+
+        Raises:
+            ConfigError: naming key, file and line.
+        """
+        config: PoolConfig = _sources().from_file(path, section)
+        return config
 
     def limits(self) -> Limits:
         """Give the part that the machine decides by; None becomes "for ever"."""
@@ -159,20 +197,13 @@ class PoolConfig:
     # -- checks ---------------------------------------------------------------------------------
 
     def _check_source(self) -> None:
-        self._check(isinstance(self.conninfo, str) or callable(self.conninfo), "conninfo",
+        self._check(not isinstance(self.conninfo, Unfit), "conninfo",
                     "a conninfo string, a URL, or a callable that returns one")  # fmt: skip
-        if isinstance(self.conninfo, str) and self.conninfo:
-            object.__setattr__(self, "conninfo", Secret(self.conninfo))
-        kwargs = self.kwargs
-        if isinstance(kwargs, Mapping):
-            self._check(
-                all(isinstance(key, str) for key in kwargs), "kwargs", "a mapping with text keys"
-            )
-            # a copy, so that nobody changes a frozen value from outside
-            object.__setattr__(self, "kwargs", {k: _hidden(k, v) for k, v in kwargs.items()})
-        else:
-            self._check(kwargs is None or callable(kwargs), "kwargs",
-                        "a mapping, a callable that returns one, or None")  # fmt: skip
+        self._check(not isinstance(self.kwargs, Unfit), "kwargs",
+                    "a mapping, a callable that returns one, or None")  # fmt: skip
+        if isinstance(self.kwargs, Mapping):
+            self._check(all(isinstance(key, str) for key in self.kwargs), "kwargs",
+                        "a mapping with text keys")  # fmt: skip
         # Connection[DictRow] is a help for type checkers; the class behind it is what connects
         connection_class = get_origin(self.connection_class) or self.connection_class
         object.__setattr__(self, "connection_class", connection_class)
@@ -240,6 +271,30 @@ class PoolConfig:
         )
 
 
+def _init(self: PoolConfig, **options: Any) -> None:
+    """Take the place of the generated ``__init__``, which would say TypeError, and show secrets."""
+    given = Hidden(options)
+    del options
+    for name, default in _DEFAULTS.items():
+        object.__setattr__(self, name, _taken(name, given.value.get(name, default)))
+    refuse_unknown(list(given.value))
+    self.__post_init__()
+
+
+def _taken(name: str, value: Any) -> Any:
+    """A value as it is kept: what may be secret is blank in tracebacks, or not kept at all."""
+    if callable(value) or value is None or name not in {"conninfo", "kwargs"}:
+        return Unfit(value) if value is None and name == "conninfo" else value
+    if name == "conninfo":
+        return veiled(value) if isinstance(value, str) else Unfit(value)
+    # a copy, so that nobody changes a frozen value from outside
+    return veiled(dict(value)) if isinstance(value, Mapping) else Unfit(value)
+
+
+if not TYPE_CHECKING:  # type checkers read the generated one, and know the names
+    PoolConfig.__init__ = functools.wraps(PoolConfig.__init__)(_init)
+
+
 class Options(TypedDict, total=False):
     """The options that `ConnectionPool` takes by name, for type checkers; see `PoolConfig`.
 
@@ -290,11 +345,11 @@ def _or_forever(seconds: float | None) -> float:
     return math.inf if seconds is None else seconds
 
 
-def refuse_unknown(options: Mapping[str, object], *, pool: str | None = None) -> None:
+def refuse_unknown(options: Iterable[str], *, pool: str | None = None) -> None:
     """Raise for the first name that is no option; says which one was probably meant.
 
     Args:
-        options: names given by a user; values are not looked at.
+        options: names given by a user.
         pool: the pool's name for the error.
 
     Raises:
@@ -306,20 +361,27 @@ def refuse_unknown(options: Mapping[str, object], *, pool: str | None = None) ->
 
 
 def _refuse(key: str, pool: str | None) -> NoReturn:
-    meant = _FOREIGN.get(key.lower())
-    if meant is None:
-        close = difflib.get_close_matches(key.lower().replace("-", "_"), OPTIONS, n=1)
-        meant = close[0] if close else None
+    meant = resembling(key, OPTIONS)
     hint = f"did you mean {meant!r}?" if meant else f"options are {', '.join(OPTIONS)}"
     raise ConfigError(key, pool=pool, hint=hint)
 
 
-def _hidden(key: str, value: object) -> object:
-    secret = isinstance(value, str) and "password" in key.lower()
-    return Secret(value) if secret and isinstance(value, str) else value
+def resembling(key: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that was probably meant, by what other pools call it or by its letters."""
+    meant = _FOREIGN.get(key.lower())
+    close = difflib.get_close_matches(key.lower().replace("-", "_"), names, n=1)
+    return meant or (close[0] if close else None)
+
+
+def _sources() -> Any:
+    from penstock import sources  # noqa: PLC0415  it builds what is defined here
+
+    return sources
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, Unfit):
+        return f"a value of type {value.kind}"
     return "a callable" if callable(value) else f"a value of type {type(value).__name__}"
 
 
@@ -369,95 +431,3 @@ def _plain(text: str) -> str:
     ascii_only = "".join(c if " " <= c <= "~" else "?" for c in kept)
     # a slash of their own would make the three parts impossible to tell apart
     return ascii_only.replace("/", "_") or "?"
-
-
-# -- conninfo without secrets -----------------------------------------------------------------------
-
-_SHOWN = ("host", "hostaddr", "port", "dbname", "user")
-_NOTHING = "(no host, dbname or user)"
-_DOUBT = "(conninfo not shown: it does not parse)"
-# Strict on purpose: a password with an unescaped @, / or ? makes every other reading wrong, so what
-# fits none of these is not shown at all.
-_URL = re.compile(
-    r"postgres(?:ql)?://"
-    r"(?:(?P<user>[^:@/?\s]*)(?::[^@/?\s]*)?@)?"
-    r"(?P<hosts>(?:\[[0-9A-Fa-f:.%]+\]|[\w.%\-]*)(?::\d*)?(?:,(?:\[[0-9A-Fa-f:.%]+\]|[\w.%\-]*)(?::\d*)?)*)"
-    r"(?:/(?P<dbname>[^/?@:&=\s]*))?"
-    r"(?:\?(?P<query>[^@?\s]*))?"
-)
-_PAIR = re.compile(r"\s*(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s'\\]|\\.)*)(?=\s|$)", re.DOTALL)
-
-
-def redacted(conninfo: str) -> str:
-    """Write a conninfo without its secrets, for repr, logs and errors.
-
-    Needs no driver. Shows host, hostaddr, port, dbname and user, as ``key=value``, and nothing else;
-    a string that cannot be read without doubt is not shown at all.
-
-    Args:
-        conninfo: a libpq conninfo string or URL.
-
-    Returns:
-        One line; "" for "". Never raises.
-    """
-    text = str(conninfo)
-    if not text.strip():
-        return ""
-    found = _from_url(text) if "://" in text.partition("=")[0] else _from_pairs(text)
-    if found is None:
-        return _DOUBT
-    shown = {key: found[key] for key in _SHOWN if found.get(key)}
-    if any(map(_doubtful, shown, shown.values())):
-        return _DOUBT
-    return " ".join(f"{key}={value}" for key, value in shown.items()) or _NOTHING
-
-
-def _doubtful(key: str, value: str) -> bool:
-    # `user= password=x` sets user to "password=x", as libpq reads it; dbname may hold a whole URL.
-    # A user name may have an @ (Azure's do).
-    return (
-        "=" in value
-        or "://" in value
-        or not value.isprintable()
-        or ("@" in value and key != "user")
-    )
-
-
-def _from_url(text: str) -> dict[str, str] | None:
-    match = _URL.fullmatch(text)
-    if match is None:
-        return None
-    found = _from_query(match["query"] or "")
-    if found is None:
-        return None
-    # the last colon outside brackets: an IPv6 address has colons of its own
-    places = [re.split(r":(?=\d*$)", place, maxsplit=1) for place in match["hosts"].split(",")]
-    own = {
-        "user": match["user"] or "",
-        "dbname": match["dbname"] or "",
-        "host": ",".join(place[0] for place in places).strip(","),
-        "port": ",".join(place[1] for place in places if len(place) > 1),
-    }
-    return {**own, **found}
-
-
-def _from_query(query: str) -> dict[str, str] | None:
-    found: dict[str, str] = {}
-    for pair in query.split("&") if query else ():
-        match = re.fullmatch(r"(\w+)=([^=&]*)", pair)
-        if match is None:
-            return None
-        found[match[1]] = match[2]
-    return found
-
-
-def _from_pairs(text: str) -> dict[str, str] | None:
-    found: dict[str, str] = {}
-    at, end = 0, len(text.rstrip())
-    while at < end:
-        match = _PAIR.match(text, at, end)
-        if match is None:
-            return None
-        found[match[1]] = match[2]
-        at = match.end()
-    return found

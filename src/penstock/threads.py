@@ -36,6 +36,7 @@ from penstock.lease import CarefulLease, Lease, PgconnLease
 from penstock.opening import Opener
 from penstock.reports import Health, Reporter
 from penstock.result import Result
+from penstock.secret import Hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -101,7 +102,23 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         connection_class: type[ConnT] | None = None,
         **options: Any,
     ) -> None:
-        self._set_up(PoolConfig(conninfo=conninfo, connection_class=connection_class, **options))
+        given = Hidden({"conninfo": conninfo, **options})
+        del conninfo, options  # no secret in a local variable of a frame that may raise
+        self._set_up(PoolConfig(connection_class=connection_class, **given.value))
+
+    @classmethod
+    def from_config(cls, config: PoolConfig) -> Self:
+        """Make a pool of options that were read, or checked, before.
+
+        Args:
+            config: for example ``PoolConfig.from_file("db.ini")``.
+
+        Raises:
+            DriverNotFoundError: the driver's library is not installed.
+        """
+        pool = cls.__new__(cls)
+        pool._set_up(config)
+        return pool
 
     def _set_up(self, config: PoolConfig) -> None:
         self._config = config
@@ -322,6 +339,11 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         """Whether the pool is closed. One that was not opened yet is not."""
         return self._machine.phase is Phase.CLOSED
 
+    @property
+    def opened(self) -> bool:
+        """Whether the pool is open: `open` or a borrow has opened it, and nobody closed it since."""
+        return self._machine.phase is Phase.OPEN
+
     def drain(self) -> None:
         """Replace every connection: idle ones now, lent ones when they come back.
 
@@ -454,9 +476,7 @@ def _lease_class(driver: Any) -> type[Lease[Any]]:
 
 
 def _from_config(cls: type[ConnectionPool[Any]], config: PoolConfig) -> ConnectionPool[Any]:
-    pool = cls.__new__(cls)
-    pool._set_up(config)
-    return pool
+    return cls.from_config(config)
 
 
 def _abandon(link: Any, *, busy: bool) -> Exception | None:

@@ -22,6 +22,7 @@ from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from penstock._drivers.sockets import READ, WRITE, wait
+from penstock.secret import Secret, is_secret
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn
@@ -35,15 +36,6 @@ Params = dict[str, Any]
 _DRIVER_OPTIONS: Final = frozenset(
     ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
 )
-
-
-class Secret(str):
-    """A string that tracebacks with local variables do not show."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "'***'"
 
 
 def driver_options(recipe: Recipe) -> Params:
@@ -71,17 +63,13 @@ def connection_params(recipe: Recipe) -> Params:
         raise psycopg.ProgrammingError(
             "the connection string cannot be parsed (not shown: it may hold a password)"
         )
-    params = {key: Secret(each) if _is_secret(key) else each for key, each in params.items()}
+    params = {key: Secret(each) if is_secret(key) else each for key, each in params.items()}
     if "application_name" not in params:
         # libpq's own rule for "unless the user names one": also by PGAPPNAME or a service file.
         params.setdefault("fallback_application_name", recipe.application_name)
     if not _uses_service(params):  # there the user may have set what cannot be seen from here
         params = {**recipe.keepalive, **params}
     return params
-
-
-def _is_secret(key: str) -> bool:
-    return "password" in key or "secret" in key  # sslpassword, oauth_client_secret
 
 
 def _parsed(conninfo: str, given: Params) -> Params | None:
@@ -102,13 +90,13 @@ def _uses_service(params: Params) -> bool:
 def _effective(params: Params) -> dict[str, str]:
     """All parameters as libpq sees them: built in, by the environment, or said by the user."""
     found = {each.keyword.decode(): (each.val or b"").decode() for each in _defaults()}
-    said = {key: str(value) for key, value in params.items() if not _is_secret(key)}
+    said = {key: str(value) for key, value in params.items() if not is_secret(key)}
     return {**found, **said}
 
 
 def _defaults() -> list[pq.ConninfoOption]:
     # Not the environment's secrets: they would be in a local variable of every traceback.
-    return [each for each in pq.Conninfo.get_defaults() if not _is_secret(each.keyword.decode())]
+    return [each for each in pq.Conninfo.get_defaults() if not is_secret(each.keyword.decode())]
 
 
 # --- which addresses, in which order

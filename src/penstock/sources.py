@@ -1,0 +1,219 @@
+"""Where configuration comes from: mappings, environment variables, TOML and INI files.
+
+One job: read each of them into sections, and have `settings.py` make a PoolConfig of each.
+
+It must not know: what the keys mean, pools. libpq's own sources (PG* variables, service file,
+password file) are not read here: what is not given is left to libpq.
+
+Secrets: what was read is in a `Hidden` box or in an `Entry`. No lock: each call reads anew.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from penstock.config import PoolConfig
+from penstock.conninfo import KEYWORDS
+from penstock.errors import ConfigError
+from penstock.inifile import Broken, read_ini
+from penstock.secret import Hidden
+from penstock.sections import Entry, Section, as_secret, expanded
+from penstock.settings import ALIASES, PASSWORD_FILE, WHOLE, pool_config
+from penstock.tomlfile import read_toml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+READERS: Final = {".toml": read_toml, ".ini": read_ini, ".cfg": read_ini, ".conf": read_ini}
+DEFAULT: Final = "default"
+PREFIX: Final = "PENSTOCK_"
+#: Variables of other parts of penstock: its launcher, its tests, its demo, its Flask extension.
+_OTHERS: Final = ("PG_BIN", "SEED", "TEST_", "DEMO_", "BINDS")
+_SETTINGS: Final = frozenset((*KEYWORDS, *WHOLE, *ALIASES, PASSWORD_FILE))
+
+
+# -- mappings ---------------------------------------------------------------------------------------------
+
+
+def from_mapping(given: Hidden[Mapping[str, Any]], name: str | None) -> PoolConfig:
+    """See `PoolConfig.from_mapping`."""
+    return pool_config(_section(given, name))
+
+
+def many_from_mapping(given: Hidden[Mapping[str, Any]]) -> dict[str, PoolConfig]:
+    """See `Pools.from_mapping`."""
+    inner = _inner(given)
+    if not inner.value:
+        return {DEFAULT: from_mapping(given, None)}
+    return {name: _one(name, given, each) for name, each in inner.value.items()}
+
+
+def _inner(given: Hidden[Mapping[str, Any]]) -> Hidden[dict[str, Any]]:
+    """The databases in a mapping: what is a mapping or a PoolConfig itself, or a text by no key."""
+    _refuse_other_types(given)
+    return Hidden(
+        {
+            key: Hidden(value)
+            for key, value in given.value.items()
+            if isinstance(value, (Mapping, PoolConfig)) and key.lower() != "kwargs"
+        }
+    )
+
+
+def _one(
+    name: str, given: Hidden[Mapping[str, Any]], own: Hidden[Mapping[str, Any] | PoolConfig]
+) -> PoolConfig:
+    if isinstance(own.value, PoolConfig):
+        return own.value if own.value.name else own.value.replace(name=name)
+    around = _section(given, name, only_plain=True).entries
+    section = _section(Hidden(own.value), name)
+    words = {entry.word for entry in section.entries}
+    inherited = tuple(entry for entry in around if entry.word not in words)
+    return pool_config(Section(name, section.entries + inherited))
+
+
+def _section(
+    given: Hidden[Mapping[str, Any]], name: str | None, *, only_plain: bool = False
+) -> Section:
+    _refuse_other_types(given)
+    return Section(
+        name,
+        tuple(
+            Entry(key, key.lower(), as_secret(value))
+            for key, value in given.value.items()
+            if not (only_plain and isinstance(value, (Mapping, PoolConfig)))
+        ),
+    )
+
+
+def _refuse_other_types(given: Hidden[Mapping[str, Any]]) -> None:
+    if not isinstance(given.value, Mapping):
+        kind = type(given.value).__name__
+        raise ConfigError("mapping", f"a value of type {kind}", "a mapping")
+    if not all(isinstance(key, str) for key in given.value):
+        raise ConfigError("mapping", "one with keys of other types", "a mapping with text keys")
+
+
+# -- the environment ----------------------------------------------------------------------------------------
+
+
+def from_env(prefix: str) -> PoolConfig:
+    """See `PoolConfig.from_env`."""
+    return pool_config(_env_section(prefix, "", None))
+
+
+def many_from_env(prefix: str) -> dict[str, PoolConfig]:
+    """See `Pools.from_env`."""
+    names = {
+        variable.removeprefix(prefix).partition("__")[0]: None
+        for variable in sorted(os.environ)
+        if variable.startswith(prefix) and "__" in variable.removeprefix(prefix).strip("_")
+    }
+    found = {
+        name.lower(): pool_config(_env_section(f"{prefix}{name}__", prefix, name.lower()))
+        for name in names
+    }
+    alone = _env_section(prefix, "", DEFAULT if found else None)
+    if alone.entries or not found:
+        found[DEFAULT] = pool_config(alone)
+    return found
+
+
+def _env_section(prefix: str, shared: str, name: str | None) -> Section:
+    """The variables of a prefix; DATABASE_URL where none of PENSTOCK_'s says where to connect."""
+    del shared
+    entries = [
+        Entry(variable, word.lower(), as_secret(value))
+        for variable, value in sorted(os.environ.items())
+        if variable.startswith(prefix)
+        and value.strip()  # empty is as good as not set, as in a compose file
+        and (word := variable.removeprefix(prefix))
+        and "__" not in word
+        and not (prefix == PREFIX and word.startswith(_OTHERS))
+    ]
+    url = os.environ.get("DATABASE_URL", "").strip() and prefix == PREFIX
+    if url and not any(entry.word in _SETTINGS for entry in entries):
+        entries.append(Entry("DATABASE_URL", "url", as_secret(os.environ["DATABASE_URL"])))
+    return Section(name, tuple(entries), spelling=lambda word: prefix + word.upper())
+
+
+# -- files --------------------------------------------------------------------------------------------------
+
+
+def from_file(path: str | Path, section: str | None) -> PoolConfig:
+    """See `PoolConfig.from_file`."""
+    sections = _read(path)
+    return _config(_chosen(sections, section, str(path)))
+
+
+def many_from_file(path: str | Path, only: Iterable[str]) -> dict[str, PoolConfig]:
+    """See `Pools.from_file`."""
+    sections = _read(path)
+    wanted = [_chosen(sections, name, str(path)) for name in only] or sections
+    found: dict[str, PoolConfig] = {}
+    for each in wanted:
+        name = each.name or DEFAULT
+        if name in found:
+            raise ConfigError(
+                "section", repr(name), "one of its kind", file=str(path),
+                hint="two databases would have this name",
+            )  # fmt: skip
+        found[name] = _config(each)
+    return found
+
+
+def _config(section: Section) -> PoolConfig:
+    entries = tuple(expanded(section, entry) for entry in section.entries)
+    return pool_config(Section(section.name, entries, section.file, section.path))
+
+
+def _chosen(sections: list[Section], wanted: str | None, file: str) -> Section:
+    if wanted is None and len(sections) == 1:
+        return sections[0]
+    name = DEFAULT if wanted is None else wanted
+    for same in (str, str.casefold):
+        for each in sections:
+            if same(name) in {same(each.path or ""), same(each.name or "")}:
+                return each
+    there = ", ".join(repr(each.path) for each in sections if each.path) or "none"
+    what = f"there is no section {name!r}"
+    if wanted is None:
+        what = "there are several sections, and none is called 'default'"
+    raise ConfigError("section", what=what, file=file, hint=f"there is {there}: name one")
+
+
+def _read(path: str | Path) -> list[Section]:
+    file = os.fspath(path)
+    reader = READERS.get(Path(file).suffix.lower())
+    if reader is None:
+        known = ", ".join(READERS)
+        raise ConfigError("file", f"{Path(file).suffix!r}", f"one of {known}", file=file)
+    found = _content(file)
+    sections = reader(found, file) if isinstance(found, Hidden) else found
+    if not isinstance(sections, Broken) and not any(s.entries or s.name for s in sections):
+        sections = Broken("there is no section and no key in it", None)
+    if isinstance(sections, Broken):
+        key, what = sections.key, sections.what
+        if key != "file":
+            what = f"option {key!r}: {what}"
+        raise ConfigError(key, what=what, file=file, line=sections.line, hint=sections.hint)
+    return sections
+
+
+def _content(file: str) -> Hidden[str] | Broken:
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        return Broken(f"the configuration file cannot be read: {error.strerror}", None)
+    except ValueError:
+        return Broken("this cannot be the path of a file", None)
+    try:
+        # a byte order mark is what some editors put in front
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return Broken("the file is not in UTF-8", line, "save it as UTF-8")
+    return Hidden(text.replace("\r\n", "\n"))
