@@ -37,6 +37,7 @@ from penstock.integrations import flask_settings
 from penstock.integrations.flask_settings import MAIN
 from penstock.integrations.flask_streams import Streamed
 from penstock.integrations.loans import Loan, Loans
+from penstock.secret import Hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -263,7 +264,7 @@ class Penstock(Database[ConnT]):
                 next_step="either Penstock(app) or init_app(app), once per app",
             )
         defaults = {"connection_class": self._connection_class} if self._connection_class else {}
-        settings = flask_settings.read(app.config, app.name, defaults)
+        settings = flask_settings.read(Hidden(app.config), app.name, defaults)
         app_pools = AppPools(self, app, settings)
         app.extensions[EXTENSION] = app_pools
         _extend(app, app_pools)

@@ -1,19 +1,22 @@
 """The settings of the Flask extension: from an app's configuration to pools.
 
-One job: read the `PENSTOCK_` keys, and say which of them is wrong.
+One job: read the `PENSTOCK_` keys, and have every error name the key that is wrong.
 
-It must not know: requests, contexts. What a mapping may hold is `PoolConfig.from_mapping`'s to say.
-No lock: it runs in `init_app`, and opens nothing.
+It must not know: requests, contexts; what a database's keys mean, which is settings.py's to say.
+Secrets: what may hold one is in a `Hidden` box or an `Entry`. No lock: it runs in `init_app`, and
+opens nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from penstock.config import PoolConfig
 from penstock.errors import ConfigError
+from penstock.secret import Hidden
+from penstock.sections import Entry, Section, as_secret
+from penstock.settings import pool_config
 from penstock.threads import ConnectionPool
 
 URI: Final = "PENSTOCK_DATABASE_URI"
@@ -50,7 +53,7 @@ class Settings:
     retry_after: int | None
 
 
-def read(config: Any, app_name: str, defaults: Mapping[str, Any]) -> Settings:
+def read(config: Hidden[Any], app_name: str, defaults: Mapping[str, Any]) -> Settings:
     """Read an app's configuration, and set what is missing to its default.
 
     Args:
@@ -62,11 +65,11 @@ def read(config: Any, app_name: str, defaults: Mapping[str, Any]) -> Settings:
         ConfigError: naming the key of the app's configuration.
     """
     for key, default in _DEFAULTS.items():
-        config.setdefault(key, default)
+        config.value.setdefault(key, default)
     return Settings(
         pools=_pools(config, app_name, defaults),
-        transactions=_mode(config[TRANSACTIONS]),
-        retry_after=_seconds(config[RETRY_AFTER]),
+        transactions=_mode(config.value[TRANSACTIONS]),
+        retry_after=_seconds(config.value[RETRY_AFTER]),
     )
 
 
@@ -83,49 +86,59 @@ def _seconds(given: Any) -> int | None:
     return given  # type: ignore[no-any-return]  # just looked at
 
 
-def _pools(config: Any, app_name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    options = {**defaults, **_mapping(config[OPTIONS], OPTIONS)}
-    binds = _mapping(config[BINDS], BINDS)
-    if MAIN in binds:
-        raise ConfigError(_place(BINDS, MAIN), hint=f"the main database is {URI}")
-    if config[URI] is None and not binds:
+def _pools(config: Hidden[Any], app_name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    sections = {}
+    if config.value[URI] is not None:
+        sections[MAIN] = _database(Hidden(config.value[URI]), URI, app_name)
+    for key in _checked(Hidden(config.value[BINDS]), BINDS).value:
+        if key == MAIN:
+            raise ConfigError(_within(BINDS, MAIN), what=f"the main database is {URI}")
+        source = Hidden(config.value[BINDS][key])
+        sections[key] = _database(source, _within(BINDS, key), f"{app_name}.{key}")
+    if not sections:
         raise ConfigError(
             URI, "None", "a URL, a conninfo string or a mapping", hint='"" means PGHOST and so on'
         )
-    sources = {MAIN: (config[URI], URI)} if config[URI] is not None else {}
-    sources |= {key: (source, _place(BINDS, key)) for key, source in binds.items()}
-    return {
-        key: _pool(source, place, options, app_name if key == MAIN else f"{app_name}.{key}")
-        for key, (source, place) in sources.items()
-    }
+    shared = _entries(Hidden(config.value[OPTIONS]), OPTIONS)
+    shared = _with(shared, tuple(Entry(key, key, value) for key, value in defaults.items()))
+    return {key: _pool(section, shared) for key, section in sections.items()}
 
 
-def _mapping(given: Any, place: str) -> Mapping[str, Any]:
-    if isinstance(given, Mapping) and all(isinstance(key, str) for key in given):
-        return given
-    raise ConfigError(place, f"a value of type {type(given).__name__}", "a mapping with text keys")
-
-
-def _place(setting: str, key: str) -> str:
-    return f'{setting}["{key}"]'
-
-
-def _pool(source: Any, place: str, options: Mapping[str, Any], name: str) -> ConnectionPool[Any]:
-    if isinstance(source, (str, Callable)):  # type: ignore[arg-type]
-        own: Mapping[str, Any] = {"conninfo": source}
+def _database(source: Hidden[Any], place: str, name: str) -> Section:
+    if isinstance(source.value, str) or callable(source.value):
+        own: tuple[Entry, ...] = (Entry(place, "conninfo", as_secret(source.value)),)
     else:
-        own = _mapping(source, place)
-    try:
-        config = PoolConfig(**{"name": name, **options, **own})
-    except ConfigError as error:
-        setting = place if error.key in own else OPTIONS
-        alone = setting == place and not isinstance(source, Mapping)
-        key = setting if alone else _place(setting, error.key)
-        raise ConfigError(key, error.given, error.allowed, hint=error.hint) from None
-    return _from_config(config)
+        own = _entries(source, place)
+    return Section(name, own, spelling=lambda word: _within(place, word))
 
 
-def _from_config(config: PoolConfig) -> ConnectionPool[Any]:
-    pool: ConnectionPool[Any] = ConnectionPool.__new__(ConnectionPool)
-    pool._set_up(config)  # noqa: SLF001
-    return pool
+def _entries(source: Hidden[Any], place: str) -> tuple[Entry, ...]:
+    return tuple(
+        Entry(_within(place, key), key.lower(), as_secret(value))
+        for key, value in _checked(source, place).value.items()
+    )
+
+
+def _checked(source: Hidden[Any], place: str) -> Hidden[Mapping[str, Any]]:
+    if not isinstance(source.value, Mapping):
+        kind = f"a value of type {type(source.value).__name__}"
+        raise ConfigError(place, kind, "a mapping")
+    if not all(isinstance(key, str) for key in source.value):
+        raise ConfigError(place, "one with keys of other types", "a mapping with text keys")
+    return source
+
+
+def _within(place: str, key: str) -> str:
+    return f'{place}["{key}"]'
+
+
+def _with(entries: tuple[Entry, ...], others: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """The entries, and what only the others say."""
+    words = {entry.word for entry in entries}
+    return entries + tuple(entry for entry in others if entry.word not in words)
+
+
+def _pool(section: Section, shared: tuple[Entry, ...]) -> ConnectionPool[Any]:
+    entries = _with(section.entries, shared)
+    made = Section(section.name, entries, spelling=section.spelling)
+    return ConnectionPool.from_config(pool_config(made))

@@ -45,6 +45,7 @@ class Shop:
 
     def __init__(self, conninfo, outside, caplog, prepare, settings):
         self.outside = outside
+        self.mode = settings["PENSTOCK_TRANSACTIONS"]
         self._caplog = caplog
         self.app = Flask("shop")
         self.app.config["PENSTOCK_DATABASE_URI"] = conninfo
