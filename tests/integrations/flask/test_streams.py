@@ -38,10 +38,9 @@ def numbers(shop, count=3):
             yield f"{number} "
 
 
-def rows_of(cursor):
-    with cursor:
-        for (number,) in cursor:
-            yield f"{number} "
+def fetched(db):
+    while row := db.execute("fetch opened").fetchone():
+        yield f"{row[0]} "
 
 
 def route(shop):
@@ -207,9 +206,8 @@ def test_a_cursor_that_the_view_opened_lives_on_in_the_stream(shop):
 
     @route(shop)
     def view():
-        cursor = shop.db.conn.cursor(name="opened")
-        cursor.execute(request.args["sql"])
-        return shop.db.stream(rows_of(cursor))
+        shop.db.execute(f"declare opened cursor for {request.args['sql']}")
+        return shop.db.stream(fetched(shop.db))
 
     assert shop.get(query_string={"sql": "select generate_series(1, 3)"}).text == "1 2 3 "
     assert shop.get(query_string={"sql": "selec"}).status_code == 500
@@ -258,9 +256,8 @@ def test_a_stream_of_another_database_keeps_that_one_only(shop_of, notes):
     def view():
         shop.db.execute("select 1")
         second = shop.db["second"]
-        cursor = second.conn.cursor(name="opened")
-        cursor.execute("select 7")
-        return second.stream(rows_of(cursor))
+        second.execute("declare opened cursor for select 7")
+        return second.stream(fetched(second))
 
     served = Served(shop.app)
     assert {key: pool.stats().in_use for key, pool in shop.pools.items()} == {
