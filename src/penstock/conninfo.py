@@ -228,7 +228,8 @@ def _read_pairs(text: str) -> dict[str, str] | Wrong:
             )
             hint = "write postgresql://user@host/dbname, or host=... dbname=..."
             quote_it = "a value with blanks stands between single quotes"
-            return Wrong(what, at if found else None, quote_it if found else hint)
+            place = len(text) - len(text[at:].lstrip(_BLANKS))
+            return Wrong(what, place if found else None, quote_it if found else hint)
         value = (_QUOTED if text.startswith("'", name.end()) else _PLAIN).match(text, name.end())
         if value is None:
             return Wrong("a closing single quote is missing", name.end())
@@ -329,7 +330,7 @@ def _store(
 
 def _decoded(text: str) -> str | Wrong:
     text = text.strip(" ")
-    if any(blank in text for blank in _BLANKS):
+    if " " in text:  # and no other blank: libpq's rule
         return Wrong("it holds a blank", hint=_ENCODE)
     if re.search(r"%(?![0-9A-Fa-f]{2})", text):
         return Wrong("a '%' is not followed by two hexadecimal digits", hint=_ENCODE)

@@ -367,7 +367,7 @@ def _option(section: Section, key: str, entry: Entry) -> Any:
         return found
     if "Callable" in kind or "type[" in kind:
         return _object(section, entry, kind)
-    raise section.wrong(entry, _ALLOWED_TEXT.get(kind, "one of the values in docs/options.md"))
+    raise section.wrong(entry, _ALLOWED_TEXT.get(kind) or "one of " + ", ".join(_words(kind)))
 
 
 _NOT: Final = object()
@@ -392,7 +392,13 @@ def _converted(kind: str, text: str) -> Any:
         return True if small in _TRUE else False if small in _FALSE else _NOT
     if kind.startswith("str"):
         return str(text)
-    return text if f'"{text}"' in kind.partition("]")[0] else _NOT  # Literal["...", "..."]
+    return text if text in _words(kind) else _NOT
+
+
+def _words(kind: str) -> list[str]:
+    """The texts that an annotation lists: Literal['...', '...']."""
+    literal = re.match(r"Literal\[(.*?)\]", kind)
+    return re.findall(r"\w+", literal[1]) if literal else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,7 +444,7 @@ class Imported:
 def _object(section: Section, entry: Entry, kind: str) -> Any:
     text = entry.value.strip()
     if not _OBJECT.fullmatch(text):
-        words = re.findall(r'"(\w+)"', kind)
+        words = _words(kind)
         others = "".join(f'"{word}", ' for word in words) + ("none, or " if words else "")
         raise section.wrong(entry, f'{others}"package.module:name"')
     found = Imported(str(text), entry.key, section.file, entry.number())
