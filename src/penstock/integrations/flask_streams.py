@@ -63,7 +63,8 @@ class Streamed:
             return
         try:
             self._chunks.close()
-            if hasattr(self._body, "close"):
-                self._body.close()  # of one that never began, nobody else does
+            close = getattr(self._body, "close", None)
+            if close is not None:  # of one that never began, nobody else does
+                close()
         finally:
             self._loans.end_stream(self._key, loan, self, error)

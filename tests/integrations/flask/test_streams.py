@@ -309,12 +309,11 @@ def test_stream_with_context_borrows_for_itself_and_gives_back(cut, shop):
     def view():
         shop.write("work")
 
-        @stream_with_context
         def body():
             yield "begun "
             yield from numbers(shop)
 
-        return Response(body())
+        return Response(stream_with_context(body()))
 
     served = Served(shop.app)
     assert shop.all_are_back()
@@ -331,12 +330,11 @@ def test_stream_with_context_borrows_for_itself_and_gives_back(cut, shop):
 def test_a_stream_with_context_that_raises_gives_back(shop):
     @route(shop)
     def view():
-        @stream_with_context
         def body():
             yield str(shop.db.execute("select 1").fetchone())
             raise ZeroDivisionError
 
-        return Response(body())
+        return Response(stream_with_context(body()))
 
     served = Served(shop.app)
     next(served.chunks)
