@@ -139,12 +139,15 @@ class Database(Generic[ConnT]):
                 "db.stream() was called outside of a request",
                 next_step="iterate here, over a cursor of db.conn",
             )
-        loan, loans = self._loan(), app_pools.loans()
-        if isinstance(body, Response):
-            body.response = Streamed(body.response, loans, self._key, loan)
-            return body
-        streamed = Streamed(body, loans, self._key, loan)
-        return current_app.response_class(cast("Any", streamed), **options)
+        response = (
+            body
+            if isinstance(body, Response)
+            else current_app.response_class(cast("Any", body), **options)
+        )
+        response.response = Streamed(
+            response.response, _contexts(), app_pools.loans(), self._key, self._loan()
+        )
+        return response
 
     def commit(self) -> None:
         """Commit what is open on this request's connection. Does nothing if none was borrowed.
@@ -357,6 +360,12 @@ def _current_unit() -> Any:
         if request_context.app is app_context.app:
             return request_context
     return app_context
+
+
+def _contexts() -> list[Any]:
+    """Those that a body of the current request runs in."""
+    contexts = [_behind(flask_globals.app_ctx), _current_unit()]
+    return contexts[: 1 + (contexts[0] is not contexts[1])]
 
 
 def _behind(proxy: Any) -> Any:

@@ -12,12 +12,12 @@ merely dropped, by the pool's own net (see loans.py).
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Self
 
-from flask import stream_with_context
-
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Generator, Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from penstock.integrations.loans import Loan, Loans
 
@@ -27,14 +27,22 @@ class Streamed:
 
     Args:
         body: gives the chunks.
+        contexts: the app's and the request's, to be in while the body runs.
         loans: the request's.
         key: the database whose connection is kept.
         loan: that connection's.
     """
 
-    def __init__(self, body: Iterable[Any], loans: Loans, key: str, loan: Loan) -> None:
+    def __init__(
+        self,
+        body: Iterable[Any],
+        contexts: Sequence[AbstractContextManager[Any]],
+        loans: Loans,
+        key: str,
+        loan: Loan,
+    ) -> None:
         self._body = body
-        self._chunks: Any = stream_with_context(iter(body))
+        self._chunks = _inside(contexts, body)
         self._loans = loans
         self._key = key
         self._loan: Loan | None = loan
@@ -68,3 +76,17 @@ class Streamed:
                 close()
         finally:
             self._loans.end_stream(self._key, loan, self, error)
+
+
+def _inside(
+    contexts: Sequence[AbstractContextManager[Any]], body: Iterable[Any]
+) -> Generator[Any, None, None]:
+    """The chunks, made in the contexts, which are entered at the first one.
+
+    As Flask's `stream_with_context` does since 3.1.2. Before, it entered them at once, so that the
+    request went on, and with it everything that it held, until the stream's end.
+    """
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield from body

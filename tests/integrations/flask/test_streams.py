@@ -316,7 +316,9 @@ def test_stream_with_context_borrows_for_itself_and_gives_back(cut, shop):
         return Response(stream_with_context(body()))
 
     served = Served(shop.app)
-    assert shop.all_are_back()
+    # Up to 3.1.1 Flask keeps the whole request until the stream has ended.
+    assert shop.pool.stats().in_use <= 1
+    assert shop.kept() == {"work"}
     assert next(served.chunks) == b"begun "
     assert next(served.chunks) == b"1 "
     assert shop.pool.stats().in_use == 1
