@@ -9,8 +9,9 @@ from typing import Any, cast
 
 import pytest
 
-from penstock.config import OPTIONS, PoolConfig, application_name, redacted
+from penstock.config import OPTIONS, PoolConfig, application_name
 from penstock.errors import ConfigError
+from penstock.redacted import redacted
 from penstock.secret import Secret
 
 

@@ -435,7 +435,12 @@ HUGE = [1e11, 1e300]
 
 def test_a_pool_that_goes_before_the_keeper_hears_of_its_timer_is_no_error(caplog):
     held, go_on = threading.Event(), threading.Event()
-    keeper.current().tell(lambda: (held.set(), go_on.wait(PATIENCE)))
+
+    def hold():
+        held.set()
+        go_on.wait(PATIENCE)
+
+    keeper.current().tell(hold)
     assert held.wait(PATIENCE)
     pool = Ticked()
     keeper.current().call_at(weakref.ref(pool), clock() + 1000)
