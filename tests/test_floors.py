@@ -68,6 +68,7 @@ OPTIONAL = {
     "penstock.integrations.gunicorn": {"gunicorn"},
     "penstock.integrations.sqlalchemy": {"sqlalchemy"},
     "penstock.integrations.django": {"django"},
+    "penstock.testing.plugin": {"pytest"},
     "penstock.observe.prometheus": {"prometheus_client"},
     "penstock.observe.otel": {"opentelemetry"},
     # the demo extra, which the command line asks for before it imports these

@@ -64,6 +64,17 @@ class Upkeep:
             self._cut_short()
             raise
 
+    def _open_by(self, opener: Opener) -> Opener:
+        """Have connections opened by another opener from now on, and those that are replaced.
+
+        A seam for `penstock.testing.undone`: the pool keeps its machine, its leases and its errors,
+        and only what it opens is something else. First the opener, then the drain: what was opened
+        before is of an older generation, and never lent. Returns the former opener.
+        """
+        former, self._opener = self._opener, opener
+        self._move(self._machine.drain)
+        return former
+
     def _look_again(self) -> None:
         with self._lock:
             orders = self._machine.look_again(clock())

@@ -20,6 +20,7 @@ from penstock.testing.fakes import (
     FakeServer,
     Mode,
 )
+from penstock.testing.undone import Undone, undone
 
 __all__ = [
     "DoubleUse",
@@ -33,4 +34,6 @@ __all__ = [
     "FakeOperationalError",
     "FakeServer",
     "Mode",
+    "Undone",
+    "undone",
 ]
