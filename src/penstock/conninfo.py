@@ -95,7 +95,9 @@ def to_conninfo(settings: Mapping[str, str]) -> str:
     Raises:
         ConfigError: a name that libpq does not know, or a value that no conninfo can hold.
     """
-    pairs = _checked(Hidden(settings))
+    given = Hidden(settings)
+    del settings  # no secret in a local variable of a frame that may raise
+    pairs = _checked(given)
     return Secret(" ".join(f"{key}={_quoted(value)}" for key, value in pairs.value))
 
 
@@ -108,7 +110,9 @@ def to_url(settings: Mapping[str, str]) -> str:
     Raises:
         ConfigError: as in `to_conninfo`.
     """
-    pairs = _checked(Hidden(settings))
+    given = Hidden(settings)
+    del settings
+    pairs = _checked(given)
     return _url(dict(pairs.value))
 
 

@@ -10,6 +10,7 @@ No lock: a reader belongs to one call.
 from __future__ import annotations
 
 import configparser
+import re
 from typing import TYPE_CHECKING, Final
 
 from penstock.secret import Hidden, Secret, is_secret
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _HEADER: Final = "put the name of the database above, in brackets: [default]"
-_CONTINUES: Final = "a line that is indented more than the one above goes on with its value"
+# Stricter than configparser's, to which `[shop] PW = [x]` is a section, and the password in its name.
+_SECTION: Final = re.compile(r"\[(?P<header>\w[\w .:/-]*)\]\s*(?:[#;].*)?\Z")
 
 
 class Broken:
@@ -77,6 +79,7 @@ def read_ini(text: Hidden[str], file: str) -> list[Section] | Broken:
     """
     lines = _Lines(text)
     parser = configparser.ConfigParser(interpolation=None, empty_lines_in_values=False)
+    parser.SECTCRE = _SECTION
     parser.optionxform = lines.key  # type: ignore[assignment, method-assign]
     broken = _feed(parser, lines)
     if broken is not None:

@@ -188,7 +188,9 @@ class Pools(Mapping[str, ConnectionPool[Any]]):
         return {name: pool.health() for name, pool in self._pools.items()}
 
     def __repr__(self) -> str:
-        inner = ", ".join(f"{name!r}: {pool!r}" for name, pool in self._pools.items())
+        # none, if a traceback shows one that could not be made
+        pools: dict[str, ConnectionPool[Any]] = vars(self).get("_pools", {})
+        inner = ", ".join(f"{name!r}: {pool!r}" for name, pool in pools.items())
         return f"<{type(self).__name__} {{{inner}}}>"
 
 

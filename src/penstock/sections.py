@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Entry:
     """One key and its value.
 
@@ -37,9 +37,12 @@ class Entry:
 
     key: str
     word: str
-    value: Any = field(repr=False)
-    line: int | Callable[[], int | None] | None = field(default=None, repr=False)
+    value: Any
+    line: int | Callable[[], int | None] | None = None
     doubtful: bool = False
+
+    def __repr__(self) -> str:
+        return f"<Entry {'?' if self.doubtful else repr(self.key)}>"
 
     def number(self) -> int | None:
         """The line, found out if need be."""
@@ -55,6 +58,7 @@ class Section:
         path: what the section is called in its file: for TOML the dotted name of the table.
         entries: as they were read; the same word may be there twice.
         file: the file, as the user named it; None: a mapping or the environment.
+        expands: whether ``${VAR}`` in its texts is replaced from the environment.
         spelling: turns an option's name into what is written here, for "did you mean".
     """
 
@@ -62,6 +66,7 @@ class Section:
     entries: tuple[Entry, ...] = field(repr=False)
     file: str | None = None
     path: str | None = None
+    expands: bool = False
     spelling: Callable[[str], str] = str
 
     def wrong(

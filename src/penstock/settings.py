@@ -22,6 +22,7 @@ from penstock.config import PoolConfig, resembling
 from penstock.conninfo import KEYWORDS, Wrong, is_pairs, is_url, read, to_conninfo, unwritable
 from penstock.errors import ConfigError
 from penstock.secret import Hidden, Secret
+from penstock.sections import expanded
 
 if TYPE_CHECKING:
     from penstock.sections import Entry, Section
@@ -83,7 +84,9 @@ def _made(options: Hidden[dict[str, Any]]) -> PoolConfig | ConfigError:
 def _by_meaning(section: Section) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for entry in section.entries:
-        meaning = _meaning(section, entry)
+        meaning = _meaning(section, entry)  # first of all: it refuses keys that must not be shown
+        if section.expands:
+            entry = expanded(section, entry)  # noqa: PLW2901  the entry as it was meant
         if meaning not in OPTIONS and _is_empty(entry.value):
             continue  # an empty setting is one that is not given: libpq finds it elsewhere
         if meaning in found:
@@ -93,24 +96,29 @@ def _by_meaning(section: Section) -> dict[str, Entry]:
 
 
 def _meaning(section: Section, entry: Entry) -> str:
-    word = entry.word
-    if word in WHOLE:
+    if entry.word in WHOLE:
         return "conninfo"
-    if word in OPTIONS or word in KEYWORDS or word == PASSWORD_FILE or word in ALIASES:
-        return ALIASES.get(word, word)
+    if entry.word in KEYS:
+        return ALIASES.get(entry.word, entry.word)
     raise _unknown(section, entry)
 
 
 def _unknown(section: Section, entry: Entry) -> ConfigError:
     meant = _FOREIGN.get(entry.word) or resembling(entry.word, KEYS)
-    if meant is not None:
-        return section.wrong(entry, hint=f"did you mean {section.spelling(meant)!r}?")
     hint = "see docs/configuration.md for the keys that there are"
-    if entry.doubtful:
-        shown = dataclasses.replace(entry, key="?")
-        return section.wrong(shown, what="unknown option (its name is not shown: it may be a piece "
-                             "of a secret)", hint=hint)  # fmt: skip
-    return section.wrong(entry, hint=hint)
+    if meant is not None:
+        hint = f"did you mean {section.spelling(meant)!r}?"
+    if not entry.doubtful or (meant is not None and _is_misspelt(entry.word, meant)):
+        return section.wrong(entry, hint=hint)
+    nameless = dataclasses.replace(entry, key="?")
+    what = "unknown option (its name is not shown: it may be a piece of a secret)"
+    return section.wrong(nameless, what=what, hint=hint)
+
+
+def _is_misspelt(word: str, meant: str) -> bool:
+    """Whether it is that name but for a letter or two, and no name with a value grown on to it."""
+    letters = re.fullmatch(r"[a-z]+([_-]?[a-z]+)*", word) is not None
+    return letters and abs(len(word) - len(meant)) <= 2
 
 
 def _twice(first: Entry, second: Entry) -> str:
@@ -442,7 +450,7 @@ class Imported:
 
 
 def _object(section: Section, entry: Entry, kind: str) -> Any:
-    text = entry.value.strip()
+    text = Secret(entry.value.strip())
     if not _OBJECT.fullmatch(text):
         words = _words(kind)
         others = "".join(f'"{word}", ' for word in words) + ("none, or " if words else "")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,7 +21,7 @@ from penstock.conninfo import KEYWORDS
 from penstock.errors import ConfigError
 from penstock.inifile import Broken, read_ini
 from penstock.secret import Hidden
-from penstock.sections import Entry, Section, as_secret, expanded
+from penstock.sections import Entry, Section, as_secret
 from penstock.settings import ALIASES, PASSWORD_FILE, WHOLE, pool_config
 from penstock.tomlfile import read_toml
 
@@ -166,8 +167,7 @@ def many_from_file(path: str | Path, only: Iterable[str]) -> dict[str, PoolConfi
 
 
 def _config(section: Section) -> PoolConfig:
-    entries = tuple(expanded(section, entry) for entry in section.entries)
-    return pool_config(Section(section.name, entries, section.file, section.path))
+    return pool_config(replace(section, expands=True))
 
 
 def _chosen(sections: list[Section], wanted: str | None, file: str) -> Section:

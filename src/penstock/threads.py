@@ -107,8 +107,11 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         self._set_up(PoolConfig(connection_class=connection_class, **given.value))
 
     @classmethod
-    def from_config(cls, config: PoolConfig) -> Self:
+    def from_config(cls, config: PoolConfig) -> ConnectionPool[Any]:
         """Make a pool of options that were read, or checked, before.
+
+        Type checkers do not know its connections, since a file may name their class: annotate the
+        variable with ``ConnectionPool[psycopg.Connection]``, say.
 
         Args:
             config: for example ``PoolConfig.from_file("db.ini")``.
@@ -396,6 +399,8 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         return self._reporter.health()
 
     def __repr__(self) -> str:
+        if "_reporter" not in vars(self):  # a traceback with locals: it was not made after all
+            return f"<{type(self).__name__}, not made>"
         notice_fork()
         return self._reporter.line(type(self).__name__)
 

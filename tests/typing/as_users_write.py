@@ -7,7 +7,7 @@ from typing import Any, assert_type
 from psycopg import Connection
 from psycopg.rows import DictRow, TupleRow, dict_row
 
-from penstock import ConnectionPool, Health, Result, Stats
+from penstock import ConnectionPool, Health, PoolConfig, Pools, Result, Stats
 
 
 class AuditedConnection(Connection[DictRow]):
@@ -104,3 +104,19 @@ everything = ConnectionPool(
     open=False,
 )
 assert_type(everything, ConnectionPool[Connection[TupleRow]])
+
+
+# -- many databases from a file -----------------------------------------------------------------------
+
+pools = Pools.from_file("db.ini", "orders", "users")
+assert_type(pools["orders"], ConnectionPool[Any])
+from_a_file: ConnectionPool[Connection[TupleRow]] = ConnectionPool.from_config(
+    PoolConfig.from_file("db.ini", section="orders")
+)
+
+
+def read_elsewhere() -> None:
+    assert_type(PoolConfig.from_env(prefix="SHOP_"), PoolConfig)
+    assert_type(PoolConfig.from_mapping({"host": "db", "max_size": "4"}, name="shop"), PoolConfig)
+    for name, pool in pools.items():
+        print(name, pool.stats(), pools.health()[name].why)
