@@ -96,7 +96,8 @@ def test_a_timeout_says_who_holds_what_since_when_and_where() -> None:
         "none being opened.\n"
         '  held longest: 31.2 s in thread "worker-3" at app/report.py:42, idle in transaction\n'
         "  next step: end transactions before slow work that needs no database (the places are "
-        "above); else raise max_size or timeout"
+        "above); else raise max_size or timeout\n"
+        "  help: penstock's docs/errors/pool-timeout.md"
     )
     assert error.holders[0].query is not None  # for those who look; in no text
 
@@ -159,9 +160,12 @@ def test_the_others_say_what_and_what_next() -> None:
     assert "pool 'shop' was closed 3.2 s ago" in str(PoolClosed(pool="shop", closed_seconds=3.2))
     assert "call open()" in str(PoolClosed(pool="shop"))
     misuse = MisuseError("returned twice", pool="shop", where="a.py:7", next_step="do not")
-    assert str(misuse) == "pool 'shop': returned twice, at a.py:7.\n  next step: do not"
+    assert str(misuse) == (
+        "pool 'shop': returned twice, at a.py:7.\n  next step: do not\n"
+        "  help: penstock's docs/errors/misuse-error.md"
+    )
     assert str(ConfigError("timeout", "'5'", "a number")) == (
-        "option 'timeout' must be a number, not '5'"
+        "option 'timeout' must be a number, not '5'\n  help: penstock's docs/errors/config-error.md"
     )
     assert issubclass(ConfigError, ValueError)
 

@@ -92,10 +92,11 @@ def test_importing_imports_no_driver_that_is_there():
 def test_a_pool_without_its_driver_names_the_extra_to_install():
     code = NO_DRIVER + "penstock.ConnectionPool('postgresql://app@db/shop')"
     done = run("-c", code)
-    last = done.stderr.strip().splitlines()[-1]
+    said, page = done.stderr.strip().splitlines()[-2:]
     assert done.returncode == 1
-    assert "DriverNotFoundError" in last
-    assert last.endswith("next step: pip install 'penstock[psycopg-binary]'")
+    assert "DriverNotFoundError" in said
+    assert said.endswith("next step: pip install 'penstock[psycopg-binary]'")
+    assert page == "  help: penstock's docs/errors/driver-not-found-error.md"
 
 
 def test_a_driver_that_does_not_exist_is_told_from_one_that_is_not_installed():

@@ -117,12 +117,17 @@ class PenstockError(Exception):
     pool: str | None
     sqlstate: str | None = None
     _fields: ClassVar[tuple[str, ...]] = ("pool",)
+    #: Where the documentation explains this class; tests/docs holds that the page exists.
+    _page: ClassVar[str] = "docs/errors.md"
 
     def __init__(self, *, pool: str | None = None) -> None:
         _start_bases(self)
         self.pool = pool
 
     def __str__(self) -> str:
+        return f"{self._text()}\n{help_line(self._page)}"
+
+    def _text(self) -> str:
         return f"something is wrong with {_pool(self.pool)}"
 
     def __repr__(self) -> str:
@@ -152,6 +157,7 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
     counts: Counts
     holders: tuple[Holder, ...]
     _fields = ("pool", "timeout", "waited", "counts", "holders")
+    _page = "docs/errors/pool-timeout.md"
 
     def __init__(
         self,
@@ -168,7 +174,7 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
         self.counts = counts or Counts()
         self.holders = tuple(holders)
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         patience = f"within {self.timeout:.1f} s" if self.timeout else "free at once"
         lines = [f"no connection {patience} from {_pool(self.pool)}: {_figures(self.counts)}."]
         if self.holders:
@@ -210,6 +216,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
         "counts",
         "next_step",
     )
+    _page = "docs/errors/server-unavailable.md"
 
     def __init__(
         self,
@@ -234,7 +241,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
         self.counts = counts
         self.next_step = next_step
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         since = "" if self.down_seconds is None else f", down for {self.down_seconds:.1f} s"
         tries = _number(self.attempts, "attempt", "attempts")
         first = f"{_pool(self.pool)} cannot open a connection: {tries}{since}"
@@ -268,6 +275,7 @@ class TooManyRequests(PenstockError):  # noqa: N818  a word users know
     max_waiting: int
     counts: Counts
     _fields = ("pool", "max_waiting", "counts")
+    _page = "docs/errors/too-many-requests.md"
 
     def __init__(
         self, *, pool: str | None = None, max_waiting: int = 0, counts: Counts | None = None
@@ -276,7 +284,7 @@ class TooManyRequests(PenstockError):  # noqa: N818  a word users know
         self.max_waiting = max_waiting
         self.counts = counts or Counts()
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         return (
             f"{_pool(self.pool)} refused a borrower: {self.max_waiting} are waiting already "
             f"(max_waiting={self.max_waiting}); {_figures(self.counts)}.\n"
@@ -295,12 +303,13 @@ class PoolClosed(PenstockError):  # noqa: N818  a word users know
 
     closed_seconds: float | None
     _fields = ("pool", "closed_seconds")
+    _page = "docs/errors/pool-closed.md"
 
     def __init__(self, *, pool: str | None = None, closed_seconds: float | None = None) -> None:
         super().__init__(pool=pool)
         self.closed_seconds = closed_seconds
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         if self.closed_seconds is None:
             return f"{_pool(self.pool)} is not open.\n  next step: call open() before borrowing"
         return (
@@ -324,6 +333,7 @@ class MisuseError(PenstockError):
     where: str | None
     next_step: str | None
     _fields = ("pool", "what", "where", "next_step")
+    _page = "docs/errors/misuse-error.md"
 
     def __init__(
         self,
@@ -338,7 +348,7 @@ class MisuseError(PenstockError):
         self.where = where
         self.next_step = next_step
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         text = self.what if self.pool is None else f"{_pool(self.pool)}: {self.what}"
         text += "." if self.where is None else f", at {self.where}."
         return text if self.next_step is None else f"{text}\n  next step: {self.next_step}"
@@ -366,6 +376,7 @@ class ConfigError(PenstockError, ValueError):
     file: str | None
     line: int | None
     _fields = ("pool", "key", "given", "allowed", "hint", "what", "file", "line")
+    _page = "docs/errors/config-error.md"
 
     def __init__(
         self,
@@ -388,7 +399,7 @@ class ConfigError(PenstockError, ValueError):
         self.file = file
         self.line = line
 
-    def __str__(self) -> str:
+    def _text(self) -> str:
         of = "" if self.pool is None else f" of {_pool(self.pool)}"
         text = f"unknown option {self.key!r}{of}"
         if self.what is not None:
@@ -604,6 +615,11 @@ def _thread_name(ident: int) -> str:
 
 
 # -- phrases ------------------------------------------------------------------------------------
+
+
+def help_line(page: str) -> str:
+    """The last line of an error's text: which page of the documentation explains it."""
+    return f"  help: penstock's {page}"
 
 
 def _pool(name: str | None) -> str:

@@ -8,12 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import Any, Final
 
+from penstock.errors import help_line
+
 #: Name -> (module here, what must be installed, the extra that brings it).
 _KNOWN: Final = {"psycopg": ("psycopg3", "psycopg", "psycopg-binary")}
 
 
 class DriverNotFoundError(ImportError):
     """The driver's library is not installed, or there is no driver of that name."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n{help_line('docs/errors/driver-not-found-error.md')}"
 
 
 def load(name: str) -> Any:
