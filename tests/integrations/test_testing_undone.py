@@ -452,7 +452,7 @@ def test_two_pools_on_one_database_see_each_other_and_others_do_not(pool_of, dat
 def test_an_object_with_pools_will_do(pool_of):
     pool = pool_of()
     extension = SimpleNamespace(pools={"main": pool})
-    with undone(SimpleNamespace(pools=[extension, pool])):
+    with undone(SimpleNamespace(pools=[extension, pool]), {"again": pool}):
         pool.execute("insert into items values (1, '')")
     assert words(pool) == []
 

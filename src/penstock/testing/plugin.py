@@ -98,7 +98,7 @@ def penstock_pool(
         with undone(pool):
             yield pool
     finally:
-        pool.close()
+        pool.close(timeout=0)  # undone() has waited for what was lent, and said what still is
 
 
 @pytest.fixture

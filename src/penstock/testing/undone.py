@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import get_ident
@@ -66,8 +67,8 @@ def undone(*pools: object, timeout: float | None = None) -> Iterator[Undone]:
     Connections that are open already are replaced when they are given back, which this waits for.
 
     Args:
-        *pools: `ConnectionPool` objects over psycopg, or whatever has an attribute `pools` that
-            holds some.
+        *pools: `ConnectionPool` objects over psycopg, mappings of them (`Pools`), or whatever has
+            an attribute `pools` that holds some (``app.extensions["penstock"]``).
         timeout: seconds that a statement waits for another thread's transaction; None: the
             pool's own timeout (at most 60).
 
@@ -210,8 +211,10 @@ def _pools_in(given: object) -> Iterator[Pool]:
         if isinstance(one, ConnectionPool):
             _refuse_others_than_psycopg(one)
             yield one
+        elif isinstance(one, Mapping):
+            pending += one.values()
         elif (inside := getattr(one, "pools", None)) is not None:
-            pending += inside.values() if hasattr(inside, "values") else inside
+            pending += [inside] if isinstance(inside, Mapping) else inside
         else:
             raise TypeError(f"undone() takes pools, or what has an attribute pools, not {one!r}")
 
