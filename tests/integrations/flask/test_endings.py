@@ -127,6 +127,11 @@ def leaves_a_statement(shop):
     return "not read to the end"
 
 
+def writes_twice(shop):
+    shop.write("work")
+    shop.write("work")
+
+
 def closes(shop):
     shop.write("work")
     shop.db.conn.close()
@@ -206,6 +211,15 @@ ENDINGS = {
         kills_its_session, {"request": 500}, commits=False, warned=SILENT
     ),
     "a failed statement is swallowed": Ending(swallows, 200, commits=False, warns=True),
+    "a failed statement is answered with a 4xx": Ending(
+        writes_twice,
+        409,
+        commits=False,
+        warned=SILENT,
+        then=lambda shop: shop.app.register_error_handler(
+            psycopg.errors.UniqueViolation, lambda error: ("taken", 409)
+        ),
+    ),
     "a statement is still under way": Ending(
         leaves_a_statement, {"request": 500}, commits=False, warned=ALL
     ),

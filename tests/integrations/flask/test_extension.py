@@ -3,6 +3,7 @@
 import flask
 import pytest
 from flask import Blueprint, Flask
+from tests.forks import until
 
 from penstock import ConfigError, MisuseError, PoolTimeout
 from penstock.integrations.flask import Penstock
@@ -382,6 +383,17 @@ def test_a_lost_session_is_replaced_after_a_rollback(shop):
             shop.db.execute("select pg_terminate_backend(pg_backend_pid())")
         assert shop.db.conn is lost  # its transaction is lost, and nobody has said that he knows
         shop.db.rollback()
+        assert shop.db.execute("select 1").fetchone() == (1,)
+    assert shop.all_are_back()
+
+
+def test_a_session_that_ends_between_two_transactions_of_a_request_is_replaced(shop):
+    with shop.app.app_context():
+        lost = shop.db.conn
+        pid = shop.db.execute("select pg_backend_pid()").fetchone()[0]
+        shop.db.commit()
+        shop.outside.execute("select pg_terminate_backend(%s)", [pid])
+        until(lambda: shop.db.conn is not lost, "the watcher has heard of it")
         assert shop.db.execute("select 1").fetchone() == (1,)
     assert shop.all_are_back()
 

@@ -5,6 +5,7 @@ import gc
 import psycopg
 import pytest
 from flask import Response, request, stream_with_context
+from flask.globals import request_ctx
 from tests.forks import until
 
 
@@ -138,7 +139,13 @@ def test_a_stream_that_raises_midway_gives_back_and_keeps_nothing(each):
 
 def test_a_stream_that_is_dropped_comes_back_by_itself(shop):
     """A server that never calls close(): the pool's own net, which replaces the connection."""
-    route(shop)(lambda: shop.db.stream(numbers(shop)))
+    kept = []
+
+    @route(shop)
+    def view():
+        kept.append(request_ctx._get_current_object())  # somebody may hold the context on
+        return shop.db.stream(numbers(shop))
+
     served = Served(shop.app)
     next(served.chunks)
     del served
