@@ -154,16 +154,17 @@ def many_from_file(path: str | Path, only: Iterable[str]) -> dict[str, PoolConfi
     """See `Pools.from_file`."""
     sections = _read(path)
     wanted = [_chosen(sections, name, str(path)) for name in only] or sections
-    found: dict[str, PoolConfig] = {}
+    # hidden: where a broken file has its password as dbname, say, that is what a repr would show
+    found: Hidden[dict[str, PoolConfig]] = Hidden({})
     for each in wanted:
         name = each.name or DEFAULT
-        if name in found:
+        if name in found.value:
             raise ConfigError(
                 "section", repr(name), "one of its kind", file=str(path),
                 hint="two databases would have this name",
             )  # fmt: skip
-        found[name] = _config(each)
-    return found
+        found.value[name] = _config(each)
+    return found.value
 
 
 def _config(section: Section) -> PoolConfig:
