@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from flask import Flask
 
 from penstock import ConnectionPool, PoolConfig
 from penstock.errors import _STEPS
@@ -87,6 +88,9 @@ def run_page(page: Path, server: Server) -> list[tuple[int, str, str]]:
     finally:
         for pool in [one for one in namespace.values() if isinstance(one, ConnectionPool)]:
             pool.close()
+        for app in [one for one in namespace.values() if isinstance(one, Flask)]:
+            if "penstock" in app.extensions:
+                app.extensions["penstock"].close()
     return shown
 
 
@@ -136,8 +140,9 @@ def leads_somewhere(page: Path, link: str) -> bool:
 @every_page
 def test_every_extra_that_is_named_exists(page):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    named = re.findall(r"'(?:penstock|\.)\[([\w,-]+)\]'", page.read_text(encoding="utf-8"))
-    assert set(named) <= set(project["optional-dependencies"])
+    found = re.findall(r"'(?:penstock|\.)\[([\w,-]+)\]'", page.read_text(encoding="utf-8"))
+    named = {extra for each in found for extra in each.split(",")}
+    assert named <= set(project["optional-dependencies"])
 
 
 @every_page
@@ -156,7 +161,7 @@ def test_the_flask_recipe_serves_under_gunicorn(preload, tables):
     recipe = next(b for b in blocks(ROOT / "README.md") if b.text.startswith("# wsgi.py\n"))
     source = with_real_dsn(recipe.text, tables)
     if preload:
-        source += "\npool.execute('select 1')\n"
+        source += "\nwith app.app_context():\n    db.execute('select 1')\n"
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "wsgi.py").write_text(source, encoding="utf-8")
         with gunicorn(folder, *["--preload"] * preload) as client:
