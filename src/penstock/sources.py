@@ -32,7 +32,16 @@ READERS: Final = {".toml": read_toml, ".ini": read_ini, ".cfg": read_ini, ".conf
 DEFAULT: Final = "default"
 PREFIX: Final = "PENSTOCK_"
 #: Variables of other parts of penstock: its launcher, its tests, its demo, its Flask extension.
-_OTHERS: Final = ("PG_BIN", "SEED", "TEST_", "DEMO_", "BINDS")
+_OTHERS: Final = (
+    "PG_BIN",
+    "SEED",
+    "TEST_",
+    "DEMO_",
+    "BINDS",
+    "POOL_OPTIONS",
+    "RETRY_AFTER",
+    "TRANSACTIONS",
+)
 _SETTINGS: Final = frozenset((*KEYWORDS, *WHOLE, *ALIASES, PASSWORD_FILE))
 
 

@@ -2,7 +2,7 @@
 
 The blocks of one page share a namespace, as a reader would type them. A ```text block that directly
 follows a ```python block is what that one prints; figures may differ. ```console blocks name targets
-of the Makefile.
+of the Makefile. A ```toml or ```ini block that begins with a comment of a file's name is that file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ast
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import socket
 import subprocess
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
     from penstock.launcher import Server
 
-LANGUAGES = {"python", "text", "console", "mermaid", "toml"}
+LANGUAGES = {"python", "text", "console", "mermaid", "toml", "ini"}
+FILE_NAME = re.compile(r"[#;] (?P<name>\w+\.(?:toml|ini))\n")
 PLACEHOLDER = re.compile(r"postgresql://app@db/(\w+)")
 TABLES = """
     drop table if exists orders;
@@ -75,8 +77,13 @@ def run_page(page: Path, server: Server) -> list[tuple[int, str, str]]:
     """Run a page's blocks; answers (line, shown, printed) for each output that is shown."""
     namespace: dict[str, Any] = {"__name__": "example"}
     shown, printed = [], ""
+    environment = dict(os.environ)
     try:
         for block in blocks(page):
+            named = FILE_NAME.match(block.text)
+            if named is not None:
+                text = with_real_dsn(block.text, server)
+                Path(named["name"]).write_text(text, encoding="utf-8")
             if block.language == "python":
                 source = "\n" * (block.line - 1) + with_real_dsn(block.text, server)
                 output = io.StringIO()
@@ -86,6 +93,8 @@ def run_page(page: Path, server: Server) -> list[tuple[int, str, str]]:
             elif block.language == "text" and block.follows:
                 shown.append((block.line, block.text, printed))
     finally:
+        os.environ.clear()
+        os.environ.update(environment)
         for pool in [one for one in namespace.values() if isinstance(one, ConnectionPool)]:
             pool.close()
         for app in [one for one in namespace.values() if isinstance(one, Flask)]:
