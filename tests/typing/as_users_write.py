@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, assert_type
 
+from flask import Flask, Response
 from psycopg import Connection
 from psycopg.rows import DictRow, TupleRow, dict_row
 
 from penstock import ConnectionPool, Health, PoolConfig, Pools, Result, Stats
+from penstock.integrations.flask import Database, Penstock
 
 
 class AuditedConnection(Connection[DictRow]):
@@ -120,3 +122,32 @@ def read_elsewhere() -> None:
     assert_type(PoolConfig.from_mapping({"host": "db", "max_size": "4"}, name="shop"), PoolConfig)
     for name, pool in pools.items():
         print(name, pool.stats(), pools.health()[name].why)
+
+
+# -- Flask ----------------------------------------------------------------------------------------
+
+flask_app = Flask(__name__)
+db = Penstock(flask_app)
+assert_type(db, Penstock[Connection[TupleRow]])
+dict_db = Penstock(connection_class=Connection[DictRow])
+dict_db.init_app(flask_app)
+orders = dict_db["orders"]
+assert_type(orders, Database[Connection[DictRow]])
+
+
+@db.on_first_use
+def say_who(conn: Connection[TupleRow]) -> None:
+    conn.execute("select set_config('app.user', 'ann', true)")
+
+
+@flask_app.get("/")
+def view() -> Response:
+    assert_type(db.conn, Connection[TupleRow])
+    assert_type(orders.conn, Connection[DictRow])
+    assert_type(orders.pool, ConnectionPool[Connection[DictRow]])
+    assert_type(db.health(), Health)
+    rows: list[Any] = db.execute("select %s", (1,)).fetchall()
+    db.commit()
+    orders.rollback()
+    say_who(db.conn)
+    return db.stream((str(row) for row in rows), mimetype="text/csv", status=203)

@@ -15,21 +15,20 @@ committed work into an error), `do_teardown_request` and `do_teardown_appcontext
 everybody's teardown, also when one of them raises: Flask up to 3.1 calls no further one then).
 Hooks of ours would be in the middle of other people's.
 
-Lock: `_lock` makes "look, then make" one step where an app's unit of work gets its `Loans`.
+No lock of its own: a fork could leave one locked. Finding a unit's `Loans` is one atomic step.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
-from flask import Flask, current_app, has_app_context, has_request_context, request
+from flask import Flask, Response, current_app, has_app_context, has_request_context, request
 from flask import globals as flask_globals
 from werkzeug.exceptions import ServiceUnavailable
-from werkzeug.wrappers import Response
+from werkzeug.wrappers import Response as AnyResponse
 
 from penstock.errors import MisuseError, PoolTimeout, TooManyRequests
 from penstock.errors import ServerUnavailable as DatabaseUnavailable
@@ -52,7 +51,6 @@ ConnT = TypeVar("ConnT")
 HookT = TypeVar("HookT", bound="Callable[[Any], object]")
 
 _log = logging.getLogger("penstock.flask")
-_lock = threading.RLock()
 EXTENSION = "penstock"
 
 
@@ -115,7 +113,7 @@ class Database(Generic[ConnT]):
         conn: Any = self.conn
         return cast("Rows", conn.execute(query, params))
 
-    def stream(self, body: Iterable[Any] | Response, **options: Any) -> Response:
+    def stream(self, body: Iterable[Any] | AnyResponse, **options: Any) -> Response:
         """Make a response that keeps `conn` until it has been sent, or is given up.
 
         The body runs in the request's context: `conn`, `request` and `g` are what they were in the
@@ -139,11 +137,10 @@ class Database(Generic[ConnT]):
                 "db.stream() was called outside of a request",
                 next_step="iterate here, over a cursor of db.conn",
             )
-        response = (
-            body
-            if isinstance(body, Response)
-            else current_app.response_class(cast("Any", body), **options)
-        )
+        if isinstance(body, AnyResponse):
+            response = cast("Response", body)
+        else:
+            response = current_app.response_class(cast("Any", body), **options)
         response.response = Streamed(
             response.response, _contexts(), app_pools.loans(), self._key, self._loan()
         )
@@ -323,13 +320,12 @@ class AppPools:
     def loans(self) -> Loans:
         """What the current request has borrowed, or the current app context."""
         unit = _current_unit()
-        with _lock:
-            found = self._loans.get(unit)
-            if found is None:
-                found = self._loans[unit] = Loans(_name_of_unit(self._app_name))
-            return found
+        found = self._loans.get(unit)
+        if found is None:  # of two threads that get here together, both use the first one's
+            found = self._loans.setdefault(unit, Loans(_name_of_unit(self._app_name)))
+        return found
 
-    def answered(self, response: Response) -> None:
+    def answered(self, response: AnyResponse) -> None:
         """The current request has its response: commit, if that is what the app wants."""
         loans = self._loans.get(_current_unit())
         if loans is None:

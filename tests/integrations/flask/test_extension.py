@@ -7,6 +7,7 @@ from tests.forks import until
 
 from penstock import ConfigError, MisuseError, PoolTimeout
 from penstock.integrations.flask import Penstock
+from penstock.testing.undone import undone
 
 
 @pytest.fixture
@@ -208,6 +209,19 @@ def test_tests_may_put_another_pool_in_the_place_of_one(shop, shop_of):
     shop.app.add_url_rule("/", "end", lambda: (shop.write("work"), "ok")[1])
     assert shop.get().status_code == 200
     assert other.stats().borrows == 1
+
+
+def test_what_an_app_does_in_a_test_can_be_undone(shop):
+    shop.app.add_url_rule("/", "end", lambda: (shop.write("work"), "ok")[1])
+    shop.app.add_url_rule("/no", "no", lambda: (shop.write("more"), flask.abort(409))[1])
+    with undone(shop.app.extensions["penstock"]):
+        assert (shop.get().status_code, shop.get("/no").status_code) == (200, 409)
+        with shop.app.app_context():
+            assert shop.db.execute("select tag from note").fetchall() == [("work",)]
+        assert shop.all_are_back()
+    assert shop.kept() == set()
+    assert shop.get().status_code == 200
+    assert shop.kept() == {"work"}
 
 
 # -- on_first_use ---------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The other tests of this folder once more, on the oldest Flask that the extension works with.
 
-In an environment of its own, which is made here and thrown away: Flask 2.2 is what Connexion 2 needs.
+In an environment of its own, which is made here and thrown away: Flask 2.2 is what Connexion 2.14 needs.
 """
 
 import os
