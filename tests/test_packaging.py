@@ -15,6 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
+# The demo's bank: in the checkout it is an example, in the wheel a part of the demo.
+BANK = {path.relative_to(ROOT).as_posix() for path in (ROOT / "examples/bank/bank").rglob("*.py")}
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -35,7 +37,9 @@ def built(tmp_path_factory) -> dict[str, Path]:
 
 def test_the_wheel_has_every_module_the_types_marker_and_the_license(built):
     names = set(zipfile.ZipFile(built[".whl"]).namelist())
-    assert {name for name in names if name.endswith(".py")} == SOURCES
+    example = {name.replace("examples/bank/", "penstock/cli/_example/") for name in BANK}
+    assert {name for name in names if name.endswith(".py")} == SOURCES | example
+    assert "penstock/cli/_example/bank/openapi.yaml" in names
     assert "penstock/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     entries = next(name for name in names if name.endswith("entry_points.txt"))
@@ -54,7 +58,7 @@ def test_the_wheel_needs_no_other_package_and_any_python_from_3_11(built):
 def test_the_source_archive_has_what_it_takes_to_run_the_tests(built):
     with tarfile.open(built[".gz"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {f"src/{name}" for name in SOURCES} <= names
+    assert {f"src/{name}" for name in SOURCES} | BANK <= names
     wanted = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "conftest.py"}
     wanted |= {"pyproject.toml", "docs/options.md", "tests/conftest.py", "bench/hot_path.py"}
     assert wanted <= names

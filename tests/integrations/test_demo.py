@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from penstock.cli import acts, bank_pools, command_line, ledger
+from penstock.cli import acts, bank_pools, bank_service, command_line, demo, ledger
 from penstock.cli.bank_tables import create_bank
 from penstock.cli.ledger import Findings, Transfer
 from penstock.cli.load import Outcome, Tally, Trouble
@@ -118,11 +118,12 @@ def in_all_acts(account: dict[str, Any], what: str) -> int:
 
 
 @needs_proc
+@pytest.mark.parametrize("service", command_line.SERVICES)
 @pytest.mark.parametrize("mode", ["--no-preload", "--preload"])
 def test_with_penstock_nothing_is_wrong_or_lost_in_any_act(
-    demo_in_folder: StartDemo, mode: str
+    demo_in_folder: StartDemo, mode: str, service: str
 ) -> None:
-    account = account_of(demo_in_folder(mode, "--seconds=1"), timeout=60)
+    account = account_of(demo_in_folder(mode, f"--service={service}", "--seconds=1"), timeout=90)
     assert account["ok"], account
     assert in_all_acts(account, "wrong") == in_all_acts(account, "lost") == 0
     assert len(account["acts"]) == 5
@@ -133,7 +134,8 @@ def test_psycopg_pool_used_before_the_fork_is_seen_to_give_wrong_answers(
     demo_in_folder: StartDemo,
 ) -> None:
     pytest.importorskip("psycopg_pool")
-    run = demo_in_folder("--pool=psycopg_pool", "--preload", "--act=calm", "--seconds=1.5")
+    flask = ("--pool=psycopg_pool", "--service=flask")
+    run = demo_in_folder(*flask, "--preload", "--act=calm", "--seconds=1.5")
     account = account_of(run, timeout=60)
     assert not account["ok"]
     assert in_all_acts(account, "wrong") > 0
@@ -142,7 +144,8 @@ def test_psycopg_pool_used_before_the_fork_is_seen_to_give_wrong_answers(
 @needs_proc
 def test_psycopg2s_pool_is_seen_to_lend_sessions_that_have_ended(demo_in_folder: StartDemo) -> None:
     pytest.importorskip("psycopg2")
-    run = demo_in_folder("--pool=psycopg2", "--no-preload", "--act=idle", "--seconds=1")
+    flask = ("--pool=psycopg2", "--service=flask")
+    run = demo_in_folder(*flask, "--no-preload", "--act=idle", "--seconds=1")
     account = account_of(run, timeout=60)
     assert not account["ok"]
     assert in_all_acts(account, "failed") > 0
@@ -191,6 +194,7 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 def test_the_command_line_offers_what_there_is() -> None:
     assert tuple(act.name for act in acts.ACTS) == command_line.ACTS
     assert tuple(bank_pools.KINDS) == command_line.POOLS
+    assert tuple(bank_service.APPLICATIONS) == tuple(demo.SERVICES) == command_line.SERVICES
 
 
 def test_help_needs_nothing_and_a_command_names_the_extra() -> None:

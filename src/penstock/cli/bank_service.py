@@ -1,119 +1,104 @@
-"""The bank: a plain Flask service that reads balances and transfers money (TPC-B).
+"""The example's bank as the demo runs it: the same application, measured, over the pool in question.
 
-Every answer carries what was asked (the nonce, the transfer's id) back *through the database*, so that
-rows meant for another request show. It must not know which pool it uses, who asks, or what will
-be done to it.
+It puts the till in the place of the example's `db` before anything else of the example is loaded, and
+adds to its answers which worker gave them, and to its errors which connection they had. It must not
+know who asks, or what will be done to it.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
-from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flask import Flask, Response, jsonify, request
-from werkzeug.exceptions import HTTPException
+from flask import jsonify, request_finished
+from werkzeug.exceptions import HTTPException, InternalServerError
 
-from penstock.cli.bank_pools import NoConnectionError, Till, open_pool
+from penstock.cli.bank_pools import KINDS, flask_app
+from penstock.cli.example import folder_of_the_bank
+from penstock.cli.till import NoConnectionError, Till
 from penstock.cli.worker_report import WorkerReport, report_from_each_worker
 
 if TYPE_CHECKING:
+    from flask import Flask, Response
     from flask.typing import ResponseReturnValue
 
-# The names by which gunicorn_process hands its settings down.
-POOL, CONNINFO, REPORTS, LIFELINE, PRELOAD = (
-    f"PENSTOCK_DEMO_{name}" for name in ("POOL", "CONNINFO", "REPORTS", "LIFELINE", "PRELOAD")
+# The names by which the demo hands its settings down.
+POOL, SERVICE, REPORTS, LIFELINE, PRELOAD = (
+    f"PENSTOCK_DEMO_{name}" for name in ("POOL", "SERVICE", "REPORTS", "LIFELINE", "PRELOAD")
 )
+CONFIG = "BANK_CONFIG"  # the example's own
 
-BALANCE = "select %s::text, aid, abalance from pgbench_accounts where aid = %s"
-
-TRANSFER = (
-    "update pgbench_accounts set abalance = abalance + %(delta)s where aid = %(aid)s",
-    "update pgbench_tellers set tbalance = tbalance + %(delta)s where tid = %(tid)s",
-    "update pgbench_branches set bbalance = bbalance + %(delta)s where bid = %(bid)s",
-    """insert into pgbench_history (tid, bid, aid, delta, mtime, filler)
-       values (%(tid)s, %(bid)s, %(aid)s, %(delta)s, current_timestamp, %(id)s)""",
-    "select %(nonce)s::text, %(id)s::text, abalance from pgbench_accounts where aid = %(aid)s",
-)
+SWITCH_INTERVAL = 0.0005
+APPLICATIONS = {"connexion": "bank.asgi", "flask": "bank.plain"}
 
 
-def create_app() -> Flask:
+def create_app() -> Any:
     """Make the service; gunicorn calls this in each worker, or with --preload once in the master."""
-    app = Flask("bank")
-    till = open_pool(os.environ[POOL], os.environ[CONNINFO])
+    # When a connection was lent is to be noted then, and not when ten busy threads have had their turns.
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    sys.path.insert(0, str(folder_of_the_bank()))
+    database: Any = import_module("bank.database")
+    till = database.db = Till(KINDS[os.environ[POOL]](database.db))
+    application = import_module(APPLICATIONS[os.environ[SERVICE]]).application
+    app = flask_app(application)
     # Many an application reads a table while it is loaded. With --preload this uses the pool in
     # the master, and every worker inherits what it has open.
-    app.config["BRANCHES"] = count_branches(till)
-    served = Served()
+    with app.app_context():
+        till.execute("select count(*) from pgbench_branches").fetchone()
+    served = Served(app)
 
     @app.after_request
     def mark(response: Response) -> Response:
-        served.count(response)
         response.headers["X-Worker"] = str(os.getpid())
         return response
 
     def measure() -> WorkerReport:
-        now, pid = time.monotonic(), os.getpid()
-        return WorkerReport(now, pid, *till.figures(), served.total, *till.wait_percentiles())
+        return WorkerReport(
+            time.monotonic(),
+            os.getpid(),
+            *till.figures(),
+            served.total,
+            *till.wait_percentiles(),
+            held=tuple(till.holders()),
+        )
 
-    add_routes(app, till)
-    app.add_url_rule("/stats", view_func=lambda: jsonify(asdict(measure())))
-    app.register_error_handler(Exception, lambda error: explain(error, till))
+    # Connexion has Flask pass errors on, to where nobody knows the connection any more. And Flask's
+    # 500, which is what becomes of an error in a commit, is an HTTPException, which are Connexion's.
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    for kind in (Exception, InternalServerError):
+        app.register_error_handler(kind, lambda error: explain(error, till))
     report_from_each_worker(
         Path(os.environ[REPORTS]),
         int(os.environ[LIFELINE]),
         measure,
         before_fork=os.environ[PRELOAD] == "yes",
     )
-    return app
+    return application
 
 
 class Served:
-    """Counts the answers that were no errors."""
+    """Counts the answers that were no errors, when all is done that can make errors of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, app: Flask) -> None:
         self.total = 0
         self._lock = threading.Lock()
+        request_finished.connect(self._count, app)
 
-    def count(self, response: Response) -> None:
-        """Count one answer."""
+    def _count(self, _app: Flask, response: Response, **_: object) -> None:
         if response.status_code < 400:
             with self._lock:
                 self.total += 1
 
 
-def count_branches(till: Till) -> int:
-    """How many branches there are."""
-    with till.connection() as conn, conn.cursor() as cursor:
-        cursor.execute("select count(*) from pgbench_branches")
-        return int(cursor.fetchone()[0])
-
-
-def add_routes(app: Flask, till: Till) -> None:
-    """What the bank can be asked."""
-
-    @app.get("/balance/<int:aid>")
-    def balance(aid: int) -> ResponseReturnValue:
-        with till.connection() as conn, conn.cursor() as cursor:
-            cursor.execute(BALANCE, (request.args["nonce"], aid))
-            nonce, account, amount = cursor.fetchone()
-        return jsonify(nonce=nonce, aid=account, balance=amount)
-
-    @app.post("/transfer")
-    def transfer() -> ResponseReturnValue:
-        order: dict[str, Any] = request.get_json()
-        with till.connection() as conn, conn.cursor() as cursor:
-            for statement in TRANSFER:
-                cursor.execute(statement, order)
-            nonce, made, amount = cursor.fetchone()
-        return jsonify(nonce=nonce, id=made, balance=amount)
-
-
 def explain(error: Exception, till: Till) -> ResponseReturnValue:
     """503 if the pool gave no connection, 500 if the one it gave failed, and which one that was."""
+    if isinstance(error, InternalServerError) and error.original_exception is not None:
+        error = error.original_exception  # type: ignore[assignment]  # of a commit: Flask wraps it
     if isinstance(error, HTTPException):
         return error
     lend = till.last_lend()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+SERVICES = ("connexion", "flask")
 POOLS = ("penstock", "psycopg_pool", "psycopg2")
 ACTS = ("calm", "worker", "idle", "sessions", "restart")
 
@@ -29,6 +30,13 @@ def penstock() -> None:
     default="penstock",
     show_default=True,
     help="The pool that the bank uses: ours, or a peer in the same acts.",
+)
+@click.option(
+    "--service",
+    type=click.Choice(SERVICES),
+    default="connexion",
+    show_default=True,
+    help="What serves the bank: Connexion 3 on gunicorn's asgi workers, or Flask alone on gthread.",
 )
 @click.option("--workers", default=4, show_default=True, type=click.IntRange(1, 16))
 @click.option(
@@ -62,6 +70,7 @@ def penstock() -> None:
 def demo(
     *,
     pool: str,
+    service: str,
     workers: int,
     preload: bool | None,
     seconds: float,
@@ -72,7 +81,7 @@ def demo(
 ) -> None:
     """Run a bank under load and faults, and count its money.
 
-    A temporary PostgreSQL, pgbench's tables, a Flask service under gunicorn. Then, under load: a
+    A temporary PostgreSQL, pgbench's tables, a Connexion service under gunicorn. Then, under load: a
     worker killed, every session terminated, the database restarted; without --preload and with.
     Exit status 0: nothing was wrong or lost, and only what had to fail did.
     """
@@ -80,6 +89,7 @@ def demo(
 
     plan = Plan(
         pool=pool,
+        service=service,
         workers=workers,
         preloads=(False, True) if preload is None else (preload,),
         seconds=seconds,

@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from psycopg.conninfo import conninfo_to_dict
+
 from penstock.cli import bank_service, ledger
 from penstock.cli.acts import ACTS, Act, Scene
+from penstock.cli.bank_pools import MAX_SIZE, MIN_SIZE, SECTION, TIMEOUT
 from penstock.cli.bank_tables import create_bank
 from penstock.cli.gunicorn_process import GunicornProcess, ServiceDidNotStartError
 from penstock.cli.interruption import InterruptedBySignal, Interruption
@@ -34,6 +37,10 @@ if TYPE_CHECKING:
     from penstock.cli.bank_tables import Bank
 
 DATABASE = "bank"
+# What a service needs besides Flask, what it is called, and how gunicorn runs it.
+SERVICES = {"connexion": ("connexion", "swagger_ui_bundle"), "flask": ()}
+NAMES = {"connexion": "Connexion 3", "flask": "Flask"}
+WORKER_CLASSES = {"connexion": "asgi", "flask": "gthread"}
 # Branches: few enough that transfers meet each other in the table's hottest rows, as they do in life.
 SCALE = 4
 
@@ -43,6 +50,7 @@ class Plan:
     """What was asked for on the command line."""
 
     pool: str
+    service: str
     workers: int
     preloads: tuple[bool, ...]
     seconds: float
@@ -54,7 +62,7 @@ class Plan:
 
 def run(plan: Plan) -> int:
     """Run the demo; the exit status."""
-    missing = _missing(plan.pool)
+    missing = _missing(plan)
     if missing is not None:
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
     # A moment is to be noted when it happens, not when sixteen busy clients have had their turns.
@@ -81,6 +89,7 @@ def run(plan: Plan) -> int:
 def _account(plan: Plan, results: Sequence[ActResult]) -> dict[str, object]:
     return {
         "pool": plan.pool,
+        "service": plan.service,
         "seed": plan.seed,
         "workers": plan.workers,
         "clients": plan.clients,
@@ -103,6 +112,20 @@ class Stage:
     def conninfo(self) -> str:
         """How the bank's database is reached."""
         return self.server.conninfo(dbname=DATABASE, over="unix")
+
+    @property
+    def config_file(self) -> Path:
+        """The same as the bank's INI file."""
+        return self.folder / "config.ini"
+
+    def write_config_file(self) -> None:
+        """In the post's shape, and with what the pools have in common."""
+        parts = conninfo_to_dict(self.conninfo)
+        self.config_file.write_text(
+            f"[{SECTION}]\nURL = {parts['host']}\nPORT = {parts['port']}\nUSER = {parts['user']}\n"
+            f"PW =\nDB = {parts['dbname']}\n"
+            f"name = bank\nmin_size = {MIN_SIZE}\nmax_size = {MAX_SIZE}\ntimeout = {TIMEOUT}\n"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +155,8 @@ class Demo:
         """Set up, run all acts in all modes, and take everything down again."""
         plan = self._plan
         self._screen.say(
-            f"penstock demo: pool {plan.pool}, {plan.workers} workers, seed {plan.seed}"
+            f"penstock demo: pool {plan.pool} on {NAMES[plan.service]},"
+            f" {plan.workers} workers, seed {plan.seed}"
         )
         with self._set_stage() as stage:
             return [
@@ -155,7 +179,9 @@ class Demo:
             folder = server.folder / "demo"
             folder.mkdir()
             with SessionWatch(conninfo) as watch:
-                yield Stage(server, bank, folder, watch)
+                stage = Stage(server, bank, folder, watch)
+                stage.write_config_file()
+                yield stage
 
     def _perform_mode(self, stage: Stage, *, preload: bool) -> list[ActResult]:
         acts = [act for act in ACTS if act.name in self._plan.acts]
@@ -173,7 +199,8 @@ class Demo:
         lifeline, ours = os.pipe()  # nobody else inherits our end: it closes with us
         environment = {
             bank_service.POOL: self._plan.pool,
-            bank_service.CONNINFO: stage.conninfo,
+            bank_service.SERVICE: self._plan.service,
+            bank_service.CONFIG: str(stage.config_file),
             bank_service.REPORTS: str(reports),
             bank_service.LIFELINE: str(lifeline),
             bank_service.PRELOAD: "yes" if preload else "no",
@@ -182,6 +209,7 @@ class Demo:
             with GunicornProcess(
                 stage.folder,
                 workers=workers,
+                worker_class=WORKER_CLASSES[self._plan.service],
                 preload=preload,
                 environment=environment,
                 inherit=(lifeline,),
@@ -238,7 +266,7 @@ class Demo:
         return fresh
 
 
-def _missing(pool: str) -> str | None:
+def _missing(plan: Plan) -> str | None:
     """A package that the demo needs and cannot find; its own processes could only fail on it."""
-    packages = ("flask", "gunicorn", "psycopg", pool)
+    packages = ("flask", "gunicorn", "psycopg", *SERVICES[plan.service], plan.pool)
     return next((each for each in packages if find_spec(each) is None), None)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 # Threads, so that several requests of one worker want a connection at the same time: under the
-# sync worker class a process has one request at a time, and any pool is a pool of one.
+# sync worker class a process has one request at a time, and any pool is a pool of one. The asgi class
+# has no such setting: Connexion brings ten threads of its own.
 THREADS = 8
 GRACE = 3.0
 
@@ -36,6 +37,7 @@ class GunicornProcess:
         folder: Path,
         *,
         workers: int,
+        worker_class: str,
         preload: bool,
         environment: Mapping[str, str],
         inherit: tuple[int, ...] = (),
@@ -43,6 +45,7 @@ class GunicornProcess:
         self._log = folder / "gunicorn.log"
         self._folder = folder
         self._workers = workers
+        self._worker_class = worker_class
         self._preload = preload
         self._environment = environment
         self._inherit = inherit
@@ -75,8 +78,8 @@ class GunicornProcess:
             "gunicorn",
             f"--bind=fd://{descriptor}",
             f"--workers={self._workers}",
-            "--worker-class=gthread",
-            f"--threads={THREADS}",
+            f"--worker-class={self._worker_class}",
+            *([f"--threads={THREADS}"] if self._worker_class == "gthread" else []),
             # Longer than any act: only clients end connections, and the dead.
             "--keep-alive=120",
             "--graceful-timeout=2",
@@ -94,8 +97,8 @@ class GunicornProcess:
         return kept | dict(self._environment)
 
     def wait_until(self, ready: Callable[[], bool], pause: Callable[[float], None]) -> None:
-        """Wait until `ready()`, for 20 s at most; `pause` waits, and may raise to give up."""
-        for _ in range(400):
+        """Wait until `ready()`, for a minute at most; `pause` waits, and may raise to give up."""
+        for _ in range(1200):  # a busy machine imports Connexion four times slowly
             if ready():
                 return
             if self._process is None or self._process.poll() is not None:

@@ -4,7 +4,7 @@ Files, because a question over HTTP reaches whichever worker happens to take it,
 busy or dead could not answer. When nobody is left to read them, because the demo was killed without
 a chance to clean up, the workers see that here, by a pipe whose other end it held, and end gunicorn.
 
-It must not know what a pool or a request is.
+It must not know how any of it is measured.
 """
 
 from __future__ import annotations
@@ -26,6 +26,27 @@ INTERVAL = 0.1
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """A connection that somebody holds.
+
+    Attributes:
+        backend: the pid of its server process.
+        seconds: since when.
+        by: the request.
+        thread: the thread's name.
+        place: where that thread is now: file, line, function; "" if it is not running any more.
+        activity: what the session is doing, as far as the driver knows.
+    """
+
+    backend: int
+    seconds: float
+    by: str
+    thread: str
+    place: str
+    activity: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReport:
     """One worker at one moment (`at`, by `time.monotonic`); waits in seconds."""
 
@@ -37,6 +58,18 @@ class WorkerReport:
     served: int
     wait_p50: float
     wait_p99: float
+    held: tuple[Held, ...] = ()
+
+    @classmethod
+    def from_json(cls, text: str) -> WorkerReport:
+        """Read what `to_json` wrote."""
+        fields = json.loads(text)
+        held = tuple(Held(**each) for each in fields.pop("held"))
+        return cls(**fields, held=held)
+
+    def to_json(self) -> str:
+        """Write it as one line."""
+        return json.dumps(asdict(self))
 
 
 def report_from_each_worker(
@@ -66,7 +99,7 @@ def _keep_reporting(folder: Path, lifeline: int, measure: Callable[[], WorkerRep
     master = os.getppid()
     while not select.select([lifeline], [], [], INTERVAL)[0]:
         unfinished = file.with_suffix(".new")
-        unfinished.write_text(json.dumps(asdict(measure())))
+        unfinished.write_text(measure().to_json())
         unfinished.replace(file)  # a reader sees the old report or the new one, never half of one
     # Another worker may have ended it already; our parent is then somebody else's process.
     if os.getppid() == master:
@@ -77,9 +110,7 @@ def _keep_reporting(folder: Path, lifeline: int, measure: Callable[[], WorkerRep
 def read_reports(folder: Path) -> list[WorkerReport]:
     """The last report of each worker that is alive."""
     files = sorted(folder.glob("*.json"), key=lambda file: int(file.stem))
-    return [
-        WorkerReport(**json.loads(file.read_text())) for file in files if _alive(int(file.stem))
-    ]
+    return [WorkerReport.from_json(file.read_text()) for file in files if _alive(int(file.stem))]
 
 
 def _alive(pid: int) -> bool:
