@@ -62,7 +62,7 @@ def many_from_mapping(given: Hidden[Mapping[str, Any]]) -> dict[str, PoolConfig]
 
 
 def _inner(given: Hidden[Mapping[str, Any]]) -> Hidden[dict[str, Any]]:
-    """The databases in a mapping: what is a mapping or a PoolConfig itself, or a text by no key."""
+    """The databases in a mapping: what is a mapping or a PoolConfig itself."""
     _refuse_other_types(given)
     return Hidden(
         {
@@ -112,29 +112,41 @@ def _refuse_other_types(given: Hidden[Mapping[str, Any]]) -> None:
 
 def from_env(prefix: str) -> PoolConfig:
     """See `PoolConfig.from_env`."""
-    return pool_config(_env_section(prefix, "", None))
+    return pool_config(_env_section(prefix, None))
 
 
 def many_from_env(prefix: str) -> dict[str, PoolConfig]:
     """See `Pools.from_env`."""
-    names = {
-        variable.removeprefix(prefix).partition("__")[0]: None
-        for variable in sorted(os.environ)
-        if variable.startswith(prefix) and "__" in variable.removeprefix(prefix).strip("_")
-    }
+    names = _names_in_env(prefix)
     found = {
-        name.lower(): pool_config(_env_section(f"{prefix}{name}__", prefix, name.lower()))
-        for name in names
+        name.lower(): pool_config(_env_section(f"{prefix}{name}__", name.lower())) for name in names
     }
-    alone = _env_section(prefix, "", DEFAULT if found else None)
-    if alone.entries or not found:
-        found[DEFAULT] = pool_config(alone)
+    plain = _env_section(prefix, DEFAULT if found else None, fall_back=not found)
+    if plain.entries and DEFAULT in found:
+        raise plain.wrong(
+            plain.entries[0],
+            what=f"{plain.entries[0].key!r} is about the database {DEFAULT!r}, and so are "
+            f"variables that begin with {prefix}{DEFAULT.upper()}__",
+            hint="keep one of the two ways",
+        )
+    if plain.entries or not found:
+        found[DEFAULT] = pool_config(plain)
     return found
 
 
-def _env_section(prefix: str, shared: str, name: str | None) -> Section:
+def _names_in_env(prefix: str) -> list[str]:
+    """The databases that variables name: ORDERS of PENSTOCK_ORDERS__URL."""
+    words = (each.removeprefix(prefix) for each in sorted(os.environ) if each.startswith(prefix))
+    names = (word.partition("__")[0] for word in words if "__" in word.strip("_"))
+    return list(dict.fromkeys(name for name in names if not _is_others(prefix, name)))
+
+
+def _is_others(prefix: str, word: str) -> bool:
+    return prefix == PREFIX and word.startswith(_OTHERS)
+
+
+def _env_section(prefix: str, name: str | None, *, fall_back: bool = True) -> Section:
     """The variables of a prefix; DATABASE_URL where none of PENSTOCK_'s says where to connect."""
-    del shared
     entries = [
         Entry(variable, word.lower(), as_secret(value))
         for variable, value in sorted(os.environ.items())
@@ -142,9 +154,9 @@ def _env_section(prefix: str, shared: str, name: str | None) -> Section:
         and value.strip()  # empty is as good as not set, as in a compose file
         and (word := variable.removeprefix(prefix))
         and "__" not in word
-        and not (prefix == PREFIX and word.startswith(_OTHERS))
+        and not _is_others(prefix, word)
     ]
-    url = os.environ.get("DATABASE_URL", "").strip() and prefix == PREFIX
+    url = fall_back and prefix == PREFIX and os.environ.get("DATABASE_URL", "").strip()
     if url and not any(entry.word in _SETTINGS for entry in entries):
         entries.append(Entry("DATABASE_URL", "url", as_secret(os.environ["DATABASE_URL"])))
     return Section(name, tuple(entries), spelling=lambda word: prefix + word.upper())

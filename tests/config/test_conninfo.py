@@ -71,7 +71,6 @@ def test_settings_survive_both_notations_and_libpq_agrees(given: dict[str, str])
     assert parse(conninfo) == given
     assert as_libpq_reads(url) == given
     assert as_libpq_reads(conninfo) == given
-    assert parse(to_conninfo(parse(url))) == parse(to_url(parse(conninfo)))
 
 
 # -- every text, read alike -----------------------------------------------------------------------

@@ -311,6 +311,13 @@ def test_variables_of_several_databases(monkeypatch: pytest.MonkeyPatch) -> None
     assert (found["user_data"].max_size, found["user_data"].name) == (4, "user_data")
     monkeypatch.setenv("PENSTOCK_HOST", "c")
     assert many_from_env("PENSTOCK_")["default"].conninfo == "host=c"
+    monkeypatch.setenv("PENSTOCK_DEFAULT__HOST", "d")
+    with pytest.raises(ConfigError, match="'PENSTOCK_HOST' is about the database 'default'"):
+        many_from_env("PENSTOCK_")
+    monkeypatch.delenv("PENSTOCK_HOST")
+    monkeypatch.setenv("PENSTOCK_TEST_X__Y", "of another part")
+    monkeypatch.setenv("DATABASE_URL", "postgresql://not/needed")
+    assert sorted(many_from_env("PENSTOCK_")) == ["default", "orders", "user_data"]
     monkeypatch.setenv("PENSTOCK_ORDERS__HOTS", "a")
     with pytest.raises(ConfigError, match="did you mean 'PENSTOCK_ORDERS__HOST'"):
         many_from_env("PENSTOCK_")
