@@ -387,7 +387,9 @@ def test_resizing_closes_what_is_too_much_and_opens_what_is_missing(make_pool, u
 
 
 def test_a_pool_travels_to_another_process_as_a_new_pool_with_its_options(server):
-    pytest.importorskip("psycopg", reason="only a driver by name travels, and each needs its library")
+    pytest.importorskip(
+        "psycopg", reason="only a driver by name travels, and each needs its library"
+    )
     pool = ConnectionPool("host=db", min_size=2, max_size=7, name="shop")
     copy = pickle.loads(pickle.dumps(pool))
     assert repr(copy) == repr(pool)
