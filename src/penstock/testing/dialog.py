@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from penstock.testing import messages as say
 from penstock.testing.extended import Batch
 from penstock.testing.messages import FAILED, IDLE, IN_TRANSACTION, Hangup, Message, Wire
+from penstock.testing.refusals import HINT, Refused, explained, not_in_time, shown
 from penstock.testing.session import Answer, NotYourTurn, SessionLost
+from penstock.testing.stack import READ_ONLY
 from penstock.testing.statements import Kind, Statement, local_settings, statements
 
 if TYPE_CHECKING:
@@ -28,25 +30,13 @@ if TYPE_CHECKING:
     from penstock.testing.session import SharedSession
     from penstock.testing.stack import Transaction
 
-HINT: Final = (
-    "This pool is inside penstock.testing.undone(): everything is one transaction, "
-    "which the test rolls back. See docs/testing.md."
-)
-_NOT_IN_HERE: Final = "25001"  # "cannot run inside a transaction block"
-
 # How long a client that hangs up waits for its turn to be rolled back, in seconds.
 _LAST_TURN: Final = 60.0
 
 
+_IN_BLOCK: Final = frozenset((Kind.SAVEPOINT, Kind.RELEASE, Kind.ROLLBACK_TO, Kind.IN_BLOCK))
+
 _log = logging.getLogger("penstock")
-
-
-class Refused(Exception):  # noqa: N818  it says what happened
-    """The client is answered with this error, and the rest of its request is not done."""
-
-    def __init__(self, error: bytes) -> None:
-        super().__init__()
-        self.error = error
 
 
 class Dialog:
@@ -196,13 +186,24 @@ class Dialog:
                     self._drop_implicit()
                     return False
         except NotYourTurn as why:
-            self.say(self._not_in_time(why))
+            who = ""
+            if isinstance(why.holder, Dialog):
+                who = f"{self._describe(why.holder)}; its last statement: {shown(why.holder.last)}"
+            self.say(not_in_time(self._seconds, who, self._describe(self), busy=why.busy))
             return False
         return True
 
     def _do_all(self, parts: list[Statement]) -> None:
         for part in parts:
             self.carry_out(part)
+        # A server commits before it calls the last command of a simple query done.
+        last = next((at for at in reversed(range(len(self._out))) if self._out[at][:1] == b"C"), -1)
+        try:
+            self._end_implicit()
+        except Refused:
+            if last >= 0:
+                del self._out[last]
+            raise
 
     def carry_out(self, part: Statement) -> None:
         """One statement of a simple query, or an Execute of one that rules transactions.
@@ -218,12 +219,15 @@ class Dialog:
             Kind.TWO_PHASE: self._on_two_phase,
             Kind.LISTEN: self._on_listen,
             Kind.DEALLOCATE: self._on_deallocate,
+            Kind.READ_ONLY: self._on_read_only,
         }.get(part.kind)
         if act is not None:
             act(part)
             return
         if part.kind is not Kind.ROLLBACK_TO:
             self._refuse_if_failed()
+        if part.kind in _IN_BLOCK:
+            self._refuse_outside(part)
         mine = self._enter()
         self._remember(mine, part.sql, [])
         self._hear(mine, self._session.exchange(say.query(part.sql), self.copy_in))
@@ -244,6 +248,8 @@ class Dialog:
         mine = self._enter()
         for part, params in executed:
             self.last = part.sql
+            if part.kind in _IN_BLOCK:
+                self._refuse_outside(part)
             self._remember(mine, part.sql, params)
         self._hear(mine, self._session.exchange(request, on_copy))
 
@@ -282,7 +288,7 @@ class Dialog:
             mine.failed = True
             self._session.must(b"rollback to savepoint " + mine.resort)
         if answer.error is not None:
-            raise Refused(_explained(answer.error))
+            raise Refused(explained(answer.error))
 
     def _remember(self, mine: Transaction, sql: bytes, params: list[bytes | None]) -> None:
         """Write down the settings that the statement changes for its transaction only."""
@@ -348,10 +354,13 @@ class Dialog:
             mine.implicit = False
         else:
             self._warn("25001", "there is already a transaction in progress")
-        self.say(say.done(b"BEGIN"))
+        if mine is not None and part.read_only:
+            self._session.must(self._session.stack.make_read_only(mine))
+        self.say(say.done(part.tag))
 
     def _on_commit(self, part: Statement) -> None:
-        mine = self._ruled()
+        mine = self._ruled(part)
+        was_read_only = mine is not None and not mine.failed and READ_ONLY in mine.names
         if mine is not None and mine.doomed:
             self._roll_back(mine)
             raise Refused(
@@ -364,25 +373,33 @@ class Dialog:
             self._roll_back(mine)
         elif mine is not None:
             self._commit(mine)
-        self._chain(part, mine)
+        self._chain(part, was_read_only)
         self.say(say.done(b"ROLLBACK" if failed else b"COMMIT"))
 
     def _on_rollback(self, part: Statement) -> None:
-        mine = self._ruled()
+        mine = self._ruled(part)
+        was_read_only = mine is not None and not mine.failed and READ_ONLY in mine.names
         if mine is not None:
             self._roll_back(mine)
-        self._chain(part, mine)
+        self._chain(part, was_read_only)
         self.say(say.done(b"ROLLBACK"))
 
-    def _ruled(self) -> Transaction | None:
+    def _refuse_outside(self, part: Statement) -> None:
+        if self.transaction is None or self.transaction.implicit:
+            words = f"{shown(part.sql)} can only be used in transaction blocks"
+            raise Refused(say.report("25P01", words))
+
+    def _ruled(self, part: Statement) -> Transaction | None:
+        if part.chain:
+            self._refuse_outside(part)
         mine = self.transaction
         if mine is None or mine.implicit:
             self._warn("25P01", "there is no transaction in progress")
         return mine
 
-    def _chain(self, part: Statement, ended: Transaction | None) -> None:
-        if part.chain and ended is not None:
-            self._begin(read_only=ended.read_only)
+    def _chain(self, part: Statement, was_read_only: bool) -> None:
+        if part.chain:
+            self._begin(read_only=was_read_only)
 
     def _commit(self, mine: Transaction) -> None:
         """Check what a commit checks, then keep it; if the check fails, roll back and say so."""
@@ -392,7 +409,7 @@ class Dialog:
             mine.failed = True
             session.must(b"rollback to savepoint " + mine.savepoint)
             self._roll_back(mine)
-            raise Refused(_explained(checked.error))
+            raise Refused(explained(checked.error))
         del session.transactions[self]
         session.must(session.stack.commit(mine))
 
@@ -413,18 +430,11 @@ class Dialog:
         """Commit what was begun for one request only.
 
         Raises:
-            Refused: a deferred constraint was violated; the client is not told of the success.
+            Refused: a deferred constraint was violated.
         """
         mine = self.transaction
-        if mine is None or not mine.implicit:
-            return
-        done = next((at for at in reversed(range(len(self._out))) if self._out[at][:1] == b"C"), -1)
-        try:
+        if mine is not None and mine.implicit:
             self._commit(mine)
-        except Refused:
-            if done >= 0:
-                del self._out[done]
-            raise
 
     def _drop_implicit(self) -> None:
         """Roll back what was begun for one request only; a real one has failed."""
@@ -435,14 +445,25 @@ class Dialog:
             mine.failed = True
             self._session.must(b"rollback to savepoint " + mine.resort)
 
+    def _on_read_only(self, part: Statement) -> None:
+        self._refuse_if_failed()
+        mine = self.transaction
+        if mine is None or mine.implicit:
+            self._warn("25P01", f"{shown(part.sql)} can only be used in transaction blocks")
+        else:
+            self._session.must(self._session.stack.make_read_only(mine))
+        self.say(say.done(b"SET"))
+
     def _on_two_phase(self, part: Statement) -> NoReturn:
-        raise Refused(say.report("0A000", f"no two-phase commit here: {_shown(part)}", hint=HINT))
+        raise Refused(
+            say.report("0A000", f"no two-phase commit here: {shown(part.sql)}", hint=HINT)
+        )
 
     def _on_listen(self, part: Statement) -> NoReturn:
         raise Refused(
             say.report(
                 "0A000",
-                f"{_shown(part)} would hear nothing: notifications come with a commit",
+                f"{shown(part.sql)} would hear nothing: notifications come with a commit",
                 hint=HINT,
             )
         )
@@ -462,30 +483,3 @@ class Dialog:
 
     def _warn(self, sqlstate: str, words: str) -> None:
         self.say(say.report(sqlstate, words, severity="WARNING"))
-
-    def _not_in_time(self, why: NotYourTurn) -> bytes:
-        holder = why.holder
-        if isinstance(holder, Dialog):
-            who = f"{self._describe(holder)}; its last statement: {_shown(holder.last)}"
-        else:
-            who = "somebody who is gone by now"
-        what = "a statement under way" if why.busy else "a transaction open"
-        return say.report(
-            "55P03",
-            f"waited {self._seconds:g} s for the one session of this test: another borrower has "
-            f"{what}",
-            detail=f"It is held by {who}. This one: {self._describe(self)}.",
-            hint="In a test all threads share one session, and their transactions come one after "
-            "the other: commit or roll back there before another thread needs the database.",
-        )
-
-
-def _shown(part: Statement | bytes) -> str:
-    sql = part if isinstance(part, bytes) else part.sql
-    line = " ".join(sql.decode(errors="replace").split())
-    return repr(line if len(line) <= 80 else line[:77] + "...")
-
-
-def _explained(error: Message) -> bytes:
-    inside = say.fields_of(error.body).get("C") == _NOT_IN_HERE.encode()
-    return say.with_hint(error, HINT) if inside else error.raw

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from penstock.testing.session import Answer
 
 _SYNC: Final = say.message(b"S")
-_RULES: Final = frozenset(Kind) - {Kind.OTHER, Kind.EMPTY}
+_RULES: Final = frozenset(Kind) - {Kind.OTHER, Kind.EMPTY, Kind.IN_BLOCK}
 
 
 class Batch:

@@ -50,6 +50,10 @@ end $penstock$"""
 #: Commands that change nothing which a rollback would have to undo.
 _LOOKS: Final = frozenset((b"SELECT", b"SHOW", b"FETCH", b"MOVE", b"DECLARE", b"CLOSE", b"EXPLAIN"))
 
+#: The savepoint that is made before a transaction becomes read-only. Inside of a transaction there
+#: is no other way back to where others may write.
+READ_ONLY: Final = b"penstock read only"
+
 
 @dataclass(eq=False, slots=True)
 class Transaction:
@@ -59,8 +63,7 @@ class Transaction:
         owner: whose it is; None: of somebody whom nobody knows, who has the session to himself.
         savepoint: the name of what it really is.
         implicit: it lasts for one query, as the server's own without BEGIN.
-        read_only: it was begun so.
-        names: the client's own savepoints in it, oldest first.
+        names: the client's own savepoints in it, oldest first, and READ_ONLY among them.
         local: what settings were before it set them for itself: name and value.
         failed: a statement failed, and the client has not rolled back yet.
         wrote: it may have changed something.
@@ -73,7 +76,6 @@ class Transaction:
     owner: Hashable | None
     savepoint: bytes
     implicit: bool = False
-    read_only: bool = False
     names: list[bytes] = field(default_factory=list)
     local: dict[bytes, bytes] = field(default_factory=dict)
     failed: bool = False
@@ -110,11 +112,32 @@ class Stack:
         self, owner: Hashable | None, *, implicit: bool = False, read_only: bool = False
     ) -> tuple[Transaction, bytes]:
         """A new transaction, on top, and the SQL that makes it so."""
-        made = Transaction(
-            owner, b"penstock_%d" % next(self._numbers), implicit=implicit, read_only=read_only
-        )
+        writable = self._writable(self.open[-1]) if self.open else []
+        made = Transaction(owner, b"penstock_%d" % next(self._numbers), implicit=implicit)
         self.open.append(made)
-        return made, _begin(made)
+        if read_only:
+            made.names.append(READ_ONLY)
+        return made, b"; ".join([*writable, *_begin(made)])
+
+    def make_read_only(self, one: Transaction) -> bytes:
+        """The SQL that lets it look only, until it ends or rolls back to an earlier savepoint.
+
+        Empty where it is so already, or where others have begun since, and would be as well.
+        """
+        if READ_ONLY in one.names or one is not self.open[-1]:
+            return b""
+        one.names.append(READ_ONLY)
+        return _made(READ_ONLY)
+
+    def _writable(self, one: Transaction) -> list[bytes]:
+        """Have one that is read-only be so no more: what begins above it may write."""
+        if READ_ONLY not in one.names:
+            return []
+        at = one.names.index(READ_ONLY)
+        one.names.remove(READ_ONLY)
+        quoted = _quoted(READ_ONLY)
+        sql = [b"rollback to savepoint " + quoted, b"release savepoint " + quoted]
+        return sql + [_made(name) for name in one.names[at:]]
 
     def heard(self, one: Transaction, tag: bytes) -> None:
         """A command of this transaction was done; `tag` is what the server calls it."""
@@ -132,25 +155,23 @@ class Stack:
         )
         # Of several, whose cursor is whose cannot be told: the last one closes all.
         closing = b"; " + _CLOSE_CURSORS if self.open == [one] else b""
-        return _CHECK + b"; " + _SET_BACK + closing + restored
+        writable = [sql + b"; " for sql in self._writable(one)] if one is self.open[-1] else []
+        return b"".join(writable) + _CHECK + b"; " + _SET_BACK + closing + restored
 
     def commit(self, one: Transaction) -> bytes:
         """The SQL that commits it after `check`; empty where there is nothing to do yet."""
         for below in self.open[: self.open.index(one)]:
             below.inner += one.wrote and not one.implicit
-        if one.read_only and not one.guests and one is self.open[-1]:
-            return self._cut(one)  # the only way back to where others may write
         one.ended = True
-        sql = [_release(gone) for gone in self._pop_ended()]
-        return b"; ".join(sql)
+        return b"; ".join(self._let_go_of_ended())
 
     def roll_back(self, one: Transaction) -> bytes:
         """The SQL that rolls it back, and none of what is not its own where that is possible."""
         above = self.open[self.open.index(one) + 1 :]
         if not one.wrote and not above and one.guests:
             # It has only looked, and somebody further down has worked meanwhile.
-            self.open.remove(one)
-            return b"; ".join([_release(one), *map(_release, self._pop_ended())])
+            one.ended = True
+            return b"; ".join(self._let_go_of_ended())
         return self._cut(one)
 
     def _cut(self, one: Transaction) -> bytes:
@@ -162,20 +183,20 @@ class Stack:
             if other.wrote and other in self.open:
                 other.doomed, other.failed = why, True
         del self.open[index:]
-        sql = [b"rollback to savepoint " + one.savepoint, _release(one)]
-        sql += map(_release, self._pop_ended())
+        sql = [b"rollback to savepoint " + one.savepoint, b"release savepoint " + one.savepoint]
+        sql += self._let_go_of_ended()
         for other in above:
             if not other.ended:
                 self.open.append(other)
-                sql.append(_begin(other))
-                sql += [b"savepoint " + _quoted(name) for name in other.names]
+                sql += _begin(other)
         return b"; ".join(sql)
 
-    def _pop_ended(self) -> list[Transaction]:
-        gone = []
+    def _let_go_of_ended(self) -> list[bytes]:
+        sql: list[bytes] = []
         while self.open and self.open[-1].ended:
-            gone.append(self.open.pop())
-        return gone
+            one = self.open.pop()
+            sql += [*self._writable(one), b"release savepoint " + one.savepoint]
+        return sql
 
     def name(self, one: Transaction, name: bytes) -> None:
         """The client has made a savepoint."""
@@ -188,13 +209,13 @@ class Stack:
             del one.names[last if keep else last - 1 :]
 
 
-def _begin(one: Transaction) -> bytes:
-    sql = b"savepoint " + one.savepoint
-    return sql + b"; set transaction read only" if one.read_only else sql
+def _begin(one: Transaction) -> list[bytes]:
+    return [b"savepoint " + one.savepoint, *map(_made, one.names)]
 
 
-def _release(one: Transaction) -> bytes:
-    return b"release savepoint " + one.savepoint
+def _made(name: bytes) -> bytes:
+    sql = b"savepoint " + _quoted(name)
+    return sql + b"; set transaction read only" if name == READ_ONLY else sql
 
 
 def _quoted(name: bytes) -> bytes:

@@ -29,6 +29,8 @@ class Kind(Enum):
     TWO_PHASE = "two-phase"
     DEALLOCATE = "deallocate"
     LISTEN = "listen"
+    IN_BLOCK = "in a block only"
+    READ_ONLY = "set transaction read only"
     OTHER = "other"
     EMPTY = "empty"
 
@@ -41,8 +43,9 @@ class Statement:
         sql: its text.
         kind: what it does to transactions.
         name: of the savepoint, or of the prepared statement (None: all of them).
-        read_only: BEGIN READ ONLY.
+        read_only: it makes the transaction one that may only look.
         chain: COMMIT AND CHAIN.
+        tag: what a server calls a BEGIN or COMMIT when it is done.
     """
 
     sql: bytes
@@ -50,6 +53,7 @@ class Statement:
     name: bytes | None = None
     read_only: bool = False
     chain: bool = False
+    tag: bytes = b""
 
 
 _TOKEN: Final = re.compile(
@@ -69,7 +73,7 @@ _COMMENT_MARK: Final = re.compile(rb"/\*|\*/")
 
 # A cheap look that spares the other statements the reading.
 _MAY_RULE: Final = re.compile(
-    rb"\b(?:begin|start|commit|end|abort|rollback|savepoint|release|prepare|deallocate|listen)\b",
+    rb"\b(?:begin|start|commit|end|abort|rollback|savepoint|release|prepare|deallocate|listen|declare|lock|transaction|transaction_read_only)\b",
     re.IGNORECASE,
 )
 
@@ -101,8 +105,9 @@ def statement(sql: bytes) -> Statement:
         sql,
         kind,
         name=_name(kind, _words(sql, 12)),
-        read_only=kind is Kind.BEGIN and b"READ ONLY" in b" ".join(words),
+        read_only=b"READ ONLY" in b" ".join(words),
         chain=words[-2:] == [b"AND", b"CHAIN"],
+        tag=b"START TRANSACTION" if words[0] == b"START" else words[0],
     )
 
 
@@ -119,13 +124,24 @@ def _kind(words: list[bytes]) -> Kind:
         return Kind.COMMIT
     if first in {b"ROLLBACK", b"ABORT"}:
         return Kind.ROLLBACK_TO if b"TO" in words[1:3] else Kind.ROLLBACK
+    if first == b"SET" and _makes_read_only(words):
+        return Kind.READ_ONLY
     plain = {
         b"SAVEPOINT": Kind.SAVEPOINT,
         b"RELEASE": Kind.RELEASE,
         b"DEALLOCATE": Kind.DEALLOCATE,
         b"LISTEN": Kind.LISTEN,
+        b"LOCK": Kind.IN_BLOCK,
+        b"DECLARE": Kind.OTHER if b"HOLD" in words else Kind.IN_BLOCK,
     }
     return plain.get(first, Kind.OTHER)
+
+
+def _makes_read_only(words: list[bytes]) -> bool:
+    if words[1] == b"TRANSACTION":
+        return b"READ ONLY" in b" ".join(words)
+    name, *value = [word for word in words[1:] if word not in {b"LOCAL", b"SESSION", b"TO"}]
+    return name == b"TRANSACTION_READ_ONLY" and value[:1] != [b"OFF"]
 
 
 def _name(kind: Kind, words: list[bytes]) -> bytes | None:
