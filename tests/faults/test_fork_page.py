@@ -352,11 +352,16 @@ def test_without_a_page_from_the_kernel_the_process_number_is_compared(
     assert report_from(os.fork, lambda: str(int(page[0]))) == "0"
 
 
+@pytest.mark.skipif(
+    sys.version_info >= (3, 13),
+    reason="this CPython counts threads that start after a fork (python/cpython#137109)",
+)
 def test_a_fork_beside_our_threads_causes_no_warning() -> None:
     """3.12 and later warn of a fork with several threads; ours are parked before it."""
     script = """
         import os, socket, warnings
-        warnings.simplefilter("error")
+        # not "error": os.fork() swallows the exception that a warning is turned into
+        warnings.simplefilter("always")
         from penstock import watch
         watcher = watch.Watch(lambda token, fd: None)
         ours, theirs = socket.socketpair()
