@@ -2,7 +2,8 @@
 
 The blocks of one page share a namespace, as a reader would type them. A ```text block that directly
 follows a ```python block is what that one prints; figures may differ. ```console blocks name targets
-of the Makefile. A ```toml or ```ini block that begins with a comment of a file's name is that file.
+of the Makefile, ```sql is run by the superuser. A ```toml or ```ini block that begins with a comment
+of a file's name is that file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from flask import Flask
 
-from penstock import ConnectionPool, PoolConfig
+import penstock
+from penstock import ConnectionPool, PoolConfig, Pools
 from penstock.errors import _STEPS
 from tests.docs.pages import PAGES, ROOT, blocks, headings, links, name_of
 
@@ -34,10 +36,12 @@ if TYPE_CHECKING:
 
     from penstock.launcher import Server
 
-LANGUAGES = {"python", "text", "console", "mermaid", "toml", "ini"}
+LANGUAGES = {"python", "sql", "text", "console", "mermaid", "toml", "ini"}
 FILE_NAME = re.compile(r"[#;] (?P<name>\w+\.(?:toml|ini))\n")
 PLACEHOLDER = re.compile(r"postgresql://app@db/(\w+)")
 TABLES = """
+    alter role app reset all;
+    alter role app connection limit -1;
     drop table if exists orders;
     create table orders (id int primary key, state text not null, total numeric not null);
     insert into orders values (1, 'new', 10), (2, 'sent', 20), (42, 'new', 30);
@@ -90,17 +94,25 @@ def run_page(page: Path, server: Server) -> list[tuple[int, str, str]]:
                 with contextlib.redirect_stdout(output):
                     exec(compile(source, name_of(page), "exec"), namespace)
                 printed = output.getvalue()
+            elif block.language == "sql":
+                for statement in filter(str.strip, block.text.split(";")):
+                    server.execute(statement, dbname="shop")
             elif block.language == "text" and block.follows:
                 shown.append((block.line, block.text, printed))
     finally:
         os.environ.clear()
         os.environ.update(environment)
-        for pool in [one for one in namespace.values() if isinstance(one, ConnectionPool)]:
-            pool.close()
-        for app in [one for one in namespace.values() if isinstance(one, Flask)]:
-            if "penstock" in app.extensions:
-                app.extensions["penstock"].close()
+        close_pools(namespace)
     return shown
+
+
+def close_pools(namespace: dict[str, Any]) -> None:
+    """Those in the page's variables, and those of its Flask apps."""
+    for one in namespace.values():
+        if isinstance(one, (ConnectionPool, Pools)):
+            one.close()
+        elif isinstance(one, Flask) and "penstock" in one.extensions:
+            one.extensions["penstock"].close()
 
 
 @pytest.mark.parametrize("page", with_python, ids=name_of)
@@ -230,5 +242,41 @@ def test_the_option_table_lists_every_option_with_its_default():
 
 
 def test_the_error_page_lists_every_next_step_by_its_code():
-    listed = {row[0].strip("`"): row[1] for row in rows("docs/errors.md")}
+    listed = {row[0].strip("`"): row[1] for row in rows("docs/errors/server-unavailable.md")}
     assert listed == _STEPS
+
+
+# -- a page per error --------------------------------------------------------------------------------
+
+ERRORS = [
+    one
+    for name in penstock.__all__
+    if isinstance(one := getattr(penstock, name), type)
+    and issubclass(one, Exception)
+    and one is not penstock.PenstockError
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda one: one.__name__)
+def test_each_error_has_a_page_and_its_text_ends_with_the_pages_name(error):
+    page = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", error.__name__).lower()
+    page = f"docs/errors/{page}.md"
+    assert str(error()).splitlines()[-1] == f"  help: penstock's {page}"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert text.startswith(f"# {error.__name__}\n")
+    printed = [b.text for b in blocks(ROOT / page) if b.language == "text" and b.follows]
+    assert any(f"help: penstock's {page}" in one for one in printed)
+    index = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+    assert f"(errors/{Path(page).name})" in index
+
+
+def test_an_error_of_no_class_names_the_page_of_all():
+    assert str(penstock.PenstockError()).endswith("\n  help: penstock's docs/errors.md")
+    assert repr(penstock.PoolClosed(pool="shop")) == "<PoolClosed: pool 'shop' is not open.>"
+
+
+def test_the_index_leads_to_every_page():
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    index += (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+    pages = {one.relative_to(ROOT / "docs").as_posix() for one in (ROOT / "docs").rglob("*.md")}
+    assert pages - set(re.findall(r"\]\(([^)#]+)", index)) == {"README.md"}
