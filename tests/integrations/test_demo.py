@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from penstock.cli import acts, bank_pools, bank_service, command_line, demo, ledger
+from penstock.cli import acts, bank_pools, bank_service, command_line, ledger, plan
 from penstock.cli.bank_tables import create_bank
 from penstock.cli.ledger import Findings, Transfer
 from penstock.cli.load import Outcome, Tally, Trouble
@@ -194,7 +194,7 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 def test_the_command_line_offers_what_there_is() -> None:
     assert tuple(act.name for act in acts.ACTS) == command_line.ACTS
     assert tuple(bank_pools.KINDS) == command_line.POOLS
-    assert tuple(bank_service.APPLICATIONS) == tuple(demo.SERVICES) == command_line.SERVICES
+    assert tuple(bank_service.APPLICATIONS) == tuple(plan.SERVICES) == command_line.SERVICES
 
 
 def test_help_needs_nothing_and_a_command_names_the_extra() -> None:

@@ -62,6 +62,11 @@ def penstock() -> None:
 @click.option("--clients", default=16, show_default=True, type=click.IntRange(1, 64))
 @click.option("--seed", type=int, help="Repeat the choices of an earlier run.")
 @click.option(
+    "--serve",
+    is_flag=True,
+    help="No acts: leave the bank up and print its address and its status page's, until Ctrl-C.",
+)
+@click.option(
     "--json",
     "json_path",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -77,6 +82,7 @@ def demo(
     acts: tuple[str, ...],
     clients: int,
     seed: int | None,
+    serve: bool,
     json_path: Path | None,
 ) -> None:
     """Run a bank under load and faults, and count its money.
@@ -85,7 +91,7 @@ def demo(
     worker killed, every session terminated, the database restarted; without --preload and with.
     Exit status 0: nothing was wrong or lost, and only what had to fail did.
     """
-    from penstock.cli.demo import Plan, run  # noqa: PLC0415  (needs the demo extra)
+    from penstock.cli.plan import Plan  # noqa: PLC0415  (as below)
 
     plan = Plan(
         pool=pool,
@@ -98,4 +104,10 @@ def demo(
         seed=secrets.randbelow(1_000_000) if seed is None else seed,
         json_path=json_path,
     )
+    if serve:
+        from penstock.cli import serve as serving  # noqa: PLC0415  (needs the demo extra)
+
+        sys.exit(serving.serve(plan))
+    from penstock.cli.demo import run  # noqa: PLC0415  (the same)
+
     sys.exit(run(plan))

@@ -101,10 +101,15 @@ class GunicornProcess:
         for _ in range(1200):  # a busy machine imports Connexion four times slowly
             if ready():
                 return
-            if self._process is None or self._process.poll() is not None:
+            if not self.runs:
                 break
             pause(0.05)
         raise ServiceDidNotStartError(self.last_words())
+
+    @property
+    def runs(self) -> bool:
+        """Whether the master lives."""
+        return self._process is not None and self._process.poll() is None
 
     def last_words(self) -> str:
         """The end of gunicorn's log."""

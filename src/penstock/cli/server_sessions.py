@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import psycopg
 
@@ -24,7 +24,9 @@ INTERVAL = 0.5
 GROUPED = """
 select coalesce(nullif(application_name, ''), '(no name)'),
        count(*) filter (where state = 'idle'),
-       count(*) filter (where state <> 'idle')
+       count(*) filter (where state <> 'idle'),
+       count(*) filter (where state like 'idle in transaction%%'),
+       extract(epoch from clock_timestamp() - min(backend_start))
 from pg_stat_activity
 where datname = current_database() and application_name <> %s
 group by 1 order by 1
@@ -38,11 +40,20 @@ where datname = current_database() and application_name <> %s
 
 @dataclass(frozen=True, slots=True)
 class SessionGroup:
-    """All sessions that bear one application_name."""
+    """All sessions that bear one application_name.
+
+    Attributes:
+        idle: how many do nothing.
+        busy: how many are not idle.
+        in_transaction: how many of those wait for their client to go on.
+        oldest: how long the oldest has been there, in seconds.
+    """
 
     name: str
     idle: int
     busy: int
+    in_transaction: int
+    oldest: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +116,10 @@ def _process_exists(pid: int) -> bool:
     return True
 
 
+def _group(name: Any, idle: Any, busy: Any, in_transaction: Any, oldest: Any) -> SessionGroup:
+    return SessionGroup(str(name), int(idle), int(busy), int(in_transaction), float(oldest))
+
+
 class SessionWatch:
     """Looks at pg_stat_activity twice a second, from a thread, while the `with` block runs."""
 
@@ -139,7 +154,4 @@ class SessionWatch:
         with _observe(self._conninfo) as conn:
             while not self._end.wait(INTERVAL):
                 rows = conn.execute(GROUPED, (OBSERVER,)).fetchall()
-                self.groups = [
-                    SessionGroup(str(name), int(str(idle)), int(str(busy)))
-                    for name, idle, busy in rows
-                ]
+                self.groups = [_group(*row) for row in rows]
