@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from penstock.launcher import Server
 
 LANGUAGES = {"python", "sql", "text", "console", "mermaid", "toml", "ini"}
-FILE_NAME = re.compile(r"[#;] (?P<name>\w+\.(?:toml|ini))\n")
+FILE_NAME = re.compile(r"[#;] (?P<name>\w+\.(?:toml|ini|py))\n")
 PLACEHOLDER = re.compile(r"postgresql://app@db/(\w+)")
 TABLES = """
     alter role app reset all;
@@ -118,6 +118,7 @@ def close_pools(namespace: dict[str, Any]) -> None:
 @pytest.mark.parametrize("page", with_python, ids=name_of)
 def test_every_example_runs_and_prints_what_the_page_shows(page, tables, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # a block may import the file that another one is
     for line, shown, printed in run_page(page, tables):
         assert same_but_for_figures(printed) == same_but_for_figures(shown), (
             f"{name_of(page)}:{line} shows another output than is printed:\n{printed}"
