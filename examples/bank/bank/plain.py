@@ -6,7 +6,6 @@ What Connexion reads from the OpenAPI file is written out here: paths, methods, 
 from __future__ import annotations
 
 import configparser
-from typing import Any
 
 from flask import Flask, Response, make_response, request
 from flask.json.provider import DefaultJSONProvider
@@ -19,9 +18,7 @@ from bank.database import db
 class JSONProvider(DefaultJSONProvider):
     """Flask's, with the bank's encoder."""
 
-    def dumps(self, obj: Any, **kwargs: Any) -> str:
-        """Write JSON."""
-        return super().dumps(obj, cls=encoder.JSONEncoder, **kwargs)
+    default = staticmethod(encoder.JSONEncoder().default)
 
 
 application = Flask(__name__)

@@ -14,7 +14,7 @@ BALANCE = "select %s::text, aid, abalance from pgbench_accounts where aid = %s"
 NONCE = "select %s::text, aid from pgbench_accounts where aid = %s"
 
 LINES = """
-select filler, mtime at time zone current_setting('TimeZone'), tid, bid, delta
+select rtrim(filler), mtime at time zone current_setting('TimeZone'), tid, bid, delta
 from pgbench_history where aid = %s order by mtime desc limit %s
 """
 
