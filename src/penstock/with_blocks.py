@@ -28,7 +28,14 @@ def _is_covered(code: CodeType, at: int) -> bool:
     # The handler of a `with` begins with PUSH_EXC_INFO, WITH_EXCEPT_START (3.11 to 3.14).
     leave = dis.opmap["WITH_EXCEPT_START"]
     entries = dis._parse_exception_table(code)  # type: ignore[attr-defined]  # noqa: SLF001
-    return any(
-        entry.start <= at < entry.end and code.co_code[entry.target + 2] == leave
-        for entry in entries
-    )
+    seen: set[int] = set()
+    # The table knows the innermost handler only: that of a `try` in the body is itself in the body.
+    while at not in seen:
+        seen.add(at)
+        target = next((entry.target for entry in entries if entry.start <= at < entry.end), None)
+        if target is None:
+            return False
+        if code.co_code[target + 2] == leave:
+            return True
+        at = target
+    return False
