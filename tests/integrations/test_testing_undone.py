@@ -429,6 +429,27 @@ def test_connections_are_what_the_pool_makes_of_them(pool_of):
         assert shown == {"pid": conn.info.backend_pid}
 
 
+def test_a_pool_grows_while_a_transaction_is_open(pool_of, elsewhere):
+    """What `configure` asks of the server is nobody's transaction: it goes between."""
+
+    def configure(conn: Any) -> None:
+        conn.execute("select 1")
+        conn.commit()
+
+    pool = pool_of(configure=configure, reset="session", timeout=PATIENCE)
+    with undone(pool):
+        with pool.connection() as outer:
+            add(outer, 1, "outer")
+            with pool.connection() as inner:
+                add(inner, 2, "inner")
+        with pool.connection() as outer:
+            add(outer, 3, "third")
+            elsewhere.start(lambda: words(pool))
+            with pool.connection(), pool.connection():
+                pass
+        assert elsewhere.answer() == ["outer", "inner", "third"]
+
+
 @pytest.mark.parametrize("reset", ["session", None, lambda conn: conn.rollback()])
 def test_every_reset_works(pool_of, reset):
     pool = pool_of(reset=reset)
@@ -773,7 +794,7 @@ def test_a_server_that_ends_the_session_is_told_as_it_is(pool_of, real):
     with undone(pool):
         pid = pool.execute("select pg_backend_pid()").fetchone()[0]
         with pytest.raises(psycopg.OperationalError), pool.connection() as conn:
-            real(f"select pg_terminate_backend({pid})")
+            real(f"select pg_terminate_backend({pid}, 60000)")  # returns when it has gone
             with pytest.raises(
                 errors.AdminShutdown, match="the server ended the test's session: term"
             ):

@@ -243,7 +243,14 @@ class SharedSession:
         try:
             self._wire.send(data)
         except Hangup as why:
+            self._hear_last_words()
             self._hung_up(why)
+
+    def _hear_last_words(self) -> None:
+        """A server that went before it was asked has said why."""
+        with contextlib.suppress(Hangup):
+            while True:
+                self._note(self._wire.receive(), Answer(), None)
 
     def _hear(self) -> Message:
         try:
