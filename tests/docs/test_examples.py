@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from penstock.launcher import Server
 
-LANGUAGES = {"python", "sql", "text", "console", "mermaid", "toml", "ini"}
+LANGUAGES = {"diff", "python", "sql", "text", "console", "mermaid", "toml", "ini"}
 FILE_NAME = re.compile(r"[#;] (?P<name>\w+\.(?:toml|ini|py))\n")
 PLACEHOLDER = re.compile(r"postgresql://app@db/(\w+)")
 TABLES = """

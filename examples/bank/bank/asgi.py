@@ -22,7 +22,7 @@ application.add_api("openapi.yaml", arguments={"title": "The Bank"})
 config = configparser.ConfigParser(interpolation=None)
 config.read_file(config_file.PATH.open())
 application.app.config["PENSTOCK_DATABASE_URI"] = config["POSTGRES"]
-application.app.config["PENSTOCK_POOL_OPTIONS"] = {"min_size": 1, "max_size": 20}
+application.app.config["PENSTOCK_POOL_OPTIONS"] = {"min_size": 1, "max_size": 10}
 db.init_app(application)
 
 if __name__ == "__main__":
