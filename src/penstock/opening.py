@@ -140,7 +140,9 @@ class Opener:
         if not isinstance(error, Exception):  # SystemExit in a callable, say
             return Failure(error, heals=False, sqlstate=None, text=_one_line(error))
         diagnosis = self._diagnosis(error)
-        return Failure(error, diagnosis.heals, diagnosis.sqlstate, diagnosis.text)
+        return Failure(
+            error, diagnosis.heals, diagnosis.sqlstate, diagnosis.text, diagnosis.next_step
+        )
 
     def _explain_configure(self, error: ConfigureError) -> Failure:
         """The session was there: what failed is the user's code, or what it asked of the server."""

@@ -66,11 +66,13 @@ class Diagnosis:
         sqlstate: the server's code, or None if it did not get that far (refused, name look-up).
         heals: whether trying again later can help. Unknown failures are taken to heal.
         text: one line for people, without secrets.
+        next_step: what to do, where the code does not say it; else None.
     """
 
     sqlstate: str | None
     heals: bool
     text: str
+    next_step: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,7 +87,7 @@ def _uses_service(params: Params) -> bool:
     return bool(params.get("service") or os.environ.get("PGSERVICE"))
 
 
-def _effective(params: Params) -> dict[str, str]:
+def effective_params(params: Params) -> dict[str, str]:
     """All parameters as libpq sees them: built in, by the environment, or said by the user."""
     found = {each.keyword.decode(): (each.val or b"").decode() for each in _defaults()}
     said = {key: str(value) for key, value in params.items() if not is_secret(key)}
@@ -104,7 +104,7 @@ def _defaults() -> list[pq.ConninfoOption]:
 
 def attempts_of(params: Params) -> tuple[list[Params], list[psycopg.OperationalError]]:
     """One set of parameters per address to try, and the errors of names without one."""
-    effective = _effective(params)
+    effective = effective_params(params)
     hosts = _hosts(params, effective)
     if hosts is None:
         return [params], []

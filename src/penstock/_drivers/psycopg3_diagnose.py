@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
@@ -16,12 +17,14 @@ import psycopg
 from psycopg import pq
 from psycopg.conninfo import make_conninfo
 
+from penstock._drivers import psycopg3_tls
 from penstock._drivers.protocol import Diagnosis
 from penstock._drivers.psycopg3_connect import (
     Params,
     attempts_of,
     connected,
     connection_params,
+    effective_params,
     share_of,
 )
 from penstock._drivers.sockets import deadline_in
@@ -128,16 +131,16 @@ def _diagnosis_by_trying(text: str, recipe: Recipe, deadline: float) -> Diagnosi
     findings = list(_findings(params, deadline))
     # Of several servers, one that may take us in later is enough for hope; those that cannot be
     # reached are not counted (localhost is often two addresses, of which one listens).
-    for sqlstate, heals in findings:
-        if heals:
-            return Diagnosis(sqlstate=sqlstate, heals=True, text=text)
+    for finding in findings:
+        if finding.heals:
+            return replace(finding, text=text)
     if findings:
-        return Diagnosis(sqlstate=findings[-1][0], heals=False, text=text)
+        return replace(findings[-1], text=text)
     return Diagnosis(sqlstate=None, heals=True, text=text)
 
 
-def _findings(params: Params, deadline: float) -> Iterator[tuple[str | None, bool]]:
-    """What each address answers: code, and whether it heals; nothing where nobody answers."""
+def _findings(params: Params, deadline: float) -> Iterator[Diagnosis]:
+    """What each address answers; nothing where nobody answers."""
     attempts, _ = attempts_of(params)
     for index, attempt in enumerate(attempts):
         finding = _finding(attempt, share_of(params, deadline, len(attempts) - index))
@@ -147,15 +150,20 @@ def _findings(params: Params, deadline: float) -> Iterator[tuple[str | None, boo
             return
 
 
-def _finding(attempt: Params, until: float) -> tuple[str | None, bool] | None:
+def _finding(attempt: Params, until: float) -> Diagnosis | None:
     tape = Tape()
     try:
         connected(attempt, until, tape).finish()
     except psycopg.Error as error:
         if tape.sqlstate is not None:
-            return tape.sqlstate, _heals(tape.sqlstate)
-        if tape.asked_for_password and not isinstance(error, psycopg.errors.ConnectionTimeout):
-            return None, False
+            return Diagnosis(sqlstate=tape.sqlstate, heals=_heals(tape.sqlstate), text="")
+        if isinstance(error, psycopg.errors.ConnectionTimeout):
+            return None
+        if tape.asked_for_password:
+            return Diagnosis(sqlstate=None, heals=False, text="")
+        next_step = psycopg3_tls.refused(effective_params(attempt), until)
+        if next_step is not None:
+            return Diagnosis(sqlstate=None, heals=False, text="", next_step=next_step)
     return None
 
 
