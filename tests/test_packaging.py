@@ -46,6 +46,15 @@ def test_the_wheel_has_every_module_the_types_marker_and_the_license(built):
     assert b"penstock = penstock.cli:main" in zipfile.ZipFile(built[".whl"]).read(entries)
 
 
+def test_the_demo_of_an_installed_wheel_has_its_bank(built, tmp_path):
+    zipfile.ZipFile(built[".whl"]).extractall(tmp_path)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import penstock.cli.example as example; "
+    done = run("-I", "-c", code + "print(example.folder_of_the_bank())")
+    assert done.stdout.strip() == str(tmp_path / "penstock/cli/_example"), done.stderr
+    assert (tmp_path / "penstock/cli/_example/bank/asgi.py").is_file()
+    assert (tmp_path / "penstock/cli/status.html").is_file()
+
+
 def test_the_wheel_needs_no_other_package_and_any_python_from_3_11(built):
     wheel = zipfile.ZipFile(built[".whl"])
     metadata = next(name for name in wheel.namelist() if name.endswith("METADATA"))

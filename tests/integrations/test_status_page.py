@@ -112,6 +112,7 @@ def serving(*arguments: str) -> Iterator[Served]:
         finally:
             if served.process.poll() is None:
                 assert served.end() == 0
+        assert served.left_behind() == []
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +282,6 @@ def test_the_page_says_so_when_nobody_answers_any_more(browser):
         browser.open(served.status)
         browser.wait_for("document.body && Number(document.body.dataset.shown) > 1")
         assert served.end() == 0
-        assert served.left_behind() == []
         assert "No answer" in browser.wait_for(
             "!document.querySelector('#away').hidden && document.querySelector('#away').innerText"
         )
