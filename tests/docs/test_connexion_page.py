@@ -49,7 +49,9 @@ def test_what_was_before_is_python_and_not_ours(block):
 
 
 def test_on_connexion_2_no_line_changes_that_is_not_the_pools():
-    connexions = re.compile(r"connexion|CORS|json_encoder|add_api|\.run\(|def get_|select|from bank\.models")
+    connexions = re.compile(
+        r"connexion|CORS|json_encoder|add_api|\.run\(|def get_|select|from bank\.models"
+    )
     for block in DIFFS[:2]:
         assert connexions.search(side(block, " "))
         assert not connexions.search(side(block, "+-"))
