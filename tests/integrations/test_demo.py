@@ -134,11 +134,14 @@ def test_psycopg_pool_used_before_the_fork_is_seen_to_give_wrong_answers(
     demo_in_folder: StartDemo,
 ) -> None:
     pytest.importorskip("psycopg_pool")
-    flask = ("--pool=psycopg_pool", "--service=flask")
-    run = demo_in_folder(*flask, "--preload", "--act=calm", "--seconds=1.5")
-    account = account_of(run, timeout=60)
-    assert not account["ok"]
-    assert in_all_acts(account, "wrong") > 0
+    arguments = ("--pool=psycopg_pool", "--service=flask", "--preload", "--act=calm")
+    # Whose answer comes to whom is chance; now and then everybody hangs before anybody is answered.
+    for _ in range(3):
+        account = account_of(demo_in_folder(*arguments, "--seconds=1.5"), timeout=90)
+        assert not account["ok"]
+        if in_all_acts(account, "wrong") > 0:
+            return
+    pytest.fail(f"no wrong answer in three runs: {account}")
 
 
 @needs_proc
