@@ -332,7 +332,9 @@ class AppPools:
             return
         loans.answered = f" answered {response.status_code}"
         loans.refused = response.status_code >= 400
-        if response.is_sequence:
+        if _is_without_body(response):
+            loans.close_streams()
+        elif response.is_sequence:
             loans.drop_streams()
         if self.transactions == "request" and not loans.refused:
             loans.commit_all()
@@ -362,6 +364,12 @@ def _contexts() -> list[Any]:
     """Those that a body of the current request runs in."""
     contexts = [_behind(flask_globals.app_ctx), _current_unit()]
     return contexts[: 1 + (contexts[0] is not contexts[1])]
+
+
+def _is_without_body(response: AnyResponse) -> bool:
+    """Whether werkzeug sends the headers alone: then it neither iterates nor closes the body."""
+    status = response.status_code
+    return request.method == "HEAD" or status < 200 or status in {204, 304}
 
 
 def _behind(proxy: Any) -> Any:
@@ -428,5 +436,7 @@ def _answer_with_503(app: Flask, seconds: int) -> None:
         _log.error("%s", error, exc_info=error.__cause__)
         return app.handle_http_exception(ServiceUnavailable(retry_after=seconds))
 
+    handlers = app.error_handler_spec.get(None, {}).get(None, {})
     for error in (PoolTimeout, DatabaseUnavailable, TooManyRequests):
-        app.register_error_handler(error, unavailable)
+        if error not in handlers:  # the app's own is kept, on whichever side of init_app it stands
+            app.register_error_handler(error, unavailable)

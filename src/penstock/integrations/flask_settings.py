@@ -10,15 +10,19 @@ opens nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Final
 
+from penstock import settings as pool_settings
 from penstock.errors import ConfigError
 from penstock.secret import Hidden
 from penstock.sections import Entry, Section, as_secret
 from penstock.settings import pool_config
 from penstock.threads import ConnectionPool
 
+PREFIX: Final = "PENSTOCK_"
 URI: Final = "PENSTOCK_DATABASE_URI"
 BINDS: Final = "PENSTOCK_BINDS"
 OPTIONS: Final = "PENSTOCK_POOL_OPTIONS"
@@ -64,13 +68,30 @@ def read(config: Hidden[Any], app_name: str, defaults: Mapping[str, Any]) -> Set
     Raises:
         ConfigError: naming the key of the app's configuration.
     """
+    _refuse_misspelt(config)
     for key, default in _DEFAULTS.items():
-        config.value.setdefault(key, default)
+        # a copy: an app may add to its own later, and must not add to every other app's
+        config.value.setdefault(key, copy(default))
     return Settings(
         pools=_pools(config, app_name, defaults),
         transactions=_mode(config.value[TRANSACTIONS]),
         retry_after=_seconds(config.value[RETRY_AFTER]),
     )
+
+
+def _refuse_misspelt(config: Hidden[Any]) -> None:
+    """Other keys that begin with PENSTOCK_ are the app's own, unless they were meant for us."""
+    for key in config.value:
+        if not isinstance(key, str) or not key.startswith(PREFIX) or key in _DEFAULTS:
+            continue
+        meant = get_close_matches(key, _DEFAULTS, n=1, cutoff=0.8)
+        word = key.removeprefix(PREFIX).lower()
+        if word in pool_settings.OPTIONS:
+            meant = [_within(OPTIONS, word)]
+        elif word in pool_settings.KEYS:
+            meant = [URI]
+        if meant:
+            raise ConfigError(key, hint=f"did you mean {meant[0]}?")
 
 
 def _mode(given: Any) -> str:
@@ -140,5 +161,8 @@ def _with(entries: tuple[Entry, ...], others: tuple[Entry, ...]) -> tuple[Entry,
 
 def _pool(section: Section, shared: tuple[Entry, ...]) -> ConnectionPool[Any]:
     entries = _with(section.entries, shared)
-    made = Section(section.name, entries, spelling=section.spelling)
+    # what is wrong is told first of a database's own: if they are right, it is one that all share
+    own = any(entry.word not in pool_settings.KEYS for entry in section.entries)
+    spelling = section.spelling if own else lambda word: _within(OPTIONS, word)
+    made = Section(section.name, entries, spelling=spelling)
     return ConnectionPool.from_config(pool_config(made))

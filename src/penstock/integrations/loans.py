@@ -271,6 +271,12 @@ class Loans:
         for loan in list(self._open.values()):
             loan.streams.clear()
 
+    def close_streams(self) -> None:
+        """A stream was answered, and nobody will read or close it."""
+        for loan in list(self._open.values()):
+            for stream in list(loan.streams):
+                stream.close()
+
     # -- the end ----------------------------------------------------------------------------------
 
     def end(self, error: BaseException | None) -> None:

@@ -9,6 +9,8 @@ import flask
 import psycopg
 import pytest
 
+from penstock import PoolTimeout
+
 MODES = ["request", "explicit", "autocommit"]
 
 
@@ -358,3 +360,17 @@ def test_a_commit_that_fails_after_another_database_has_committed_is_a_500(shop_
     assert shop.get().status_code == 500
     assert shop.kept() == {"first"}
     assert shop.all_are_back()
+
+
+def test_an_apps_own_handler_is_kept_also_if_it_was_there_before_ours(shop_of):
+    def prepare(shop):
+        shop.app.register_error_handler(PoolTimeout, lambda error: ("full", 418))
+
+    options = {"max_size": 1, "timeout": 0.01}
+    shop = shop_of(prepare=prepare, PENSTOCK_RETRY_AFTER=7, PENSTOCK_POOL_OPTIONS=options)
+    shop.app.add_url_rule("/", "end", lambda: str(shop.db.conn))
+    shop.pool.open(wait=True, timeout=30)
+    held = shop.pool.getconn(30)
+    answer = shop.get()
+    shop.pool.putconn(held)
+    assert (answer.text, answer.status_code) == ("full", 418)

@@ -134,8 +134,20 @@ def test_options_are_everybodys_unless_a_database_has_its_own(app_of):
         ({"BINDS": {"default": ""}}, "the main database is PENSTOCK_DATABASE_URI"),
         (
             {"DATABASE_URI": "", "POOL_OPTIONS": {"maxconn": 3}},
-            "unknown option 'PENSTOCK_POOL_OPTIONS[\"maxconn\"]' of pool 'shop': did you mean",
+            (
+                "unknown option 'PENSTOCK_POOL_OPTIONS[\"maxconn\"]' of pool 'shop': did you mean "
+                "'PENSTOCK_POOL_OPTIONS[\"max_size\"]'?"
+            ),
         ),
+        (
+            {"DATABASE_URI": "", "POOLS_OPTIONS": {}},
+            "unknown option 'PENSTOCK_POOLS_OPTIONS': did you mean PENSTOCK_POOL_OPTIONS?",
+        ),
+        (
+            {"DATABASE_URI": "", "MAX_SIZE": 3},
+            "option 'PENSTOCK_MAX_SIZE': did you mean PENSTOCK_POOL_OPTIONS[\"max_size\"]?",
+        ),
+        ({"URL": ""}, "unknown option 'PENSTOCK_URL': did you mean PENSTOCK_DATABASE_URI?"),
         (
             {"DATABASE_URI": "", "TRANSACTIONS": "auto"},
             (
@@ -350,6 +362,14 @@ def test_a_full_pool_is_a_503_where_that_is_wanted(seconds, status, shop_of):
     assert answer.headers.get("Retry-After") == (None if seconds is None else "7")
     if seconds:
         assert "no connection within 0.01" in shop.warnings()[0].replace("0.0 s", "0.01 s")
+
+
+def test_settings_of_an_app_that_were_not_given_are_its_own(app_of):
+    first, second = app_of(DATABASE_URI="", ECHO=True), app_of(DATABASE_URI="")
+    for app in (first, second):
+        Penstock(app)
+    first.config["PENSTOCK_BINDS"]["orders"] = NOWHERE
+    assert second.config["PENSTOCK_BINDS"] == {}
 
 
 def test_a_503_of_ours_is_rendered_by_the_apps_own_handler(shop_of):

@@ -122,6 +122,25 @@ def test_head_gives_back_what_its_stream_was_to_keep(each):
     assert each.all_are_back()
 
 
+@pytest.mark.parametrize(("method", "status"), [("HEAD", 200), ("GET", 304)])
+def test_an_answer_without_a_body_gives_its_stream_back_whoever_holds_it(each, method, status):
+    held, closed = [], []
+
+    class Body(list):
+        def close(self):
+            closed.append(self)
+
+    route(each)(lambda: each.db.stream(Body(["1 "]), status=status))
+    each.app.after_request(lambda response: held.append(response) or response)
+    served = Served(each.app, method)
+    assert list(served.chunks) == []
+    assert each.all_are_back()
+    assert closed
+    assert each.pool.stats().opened == 1
+    assert each.pool.execute("select 1").fetchone() == (1,)
+    assert each.pool.stats().opened == 1  # it came back whole
+
+
 def test_a_stream_that_raises_midway_gives_back_and_keeps_nothing(each):
     def body():
         yield "first "
