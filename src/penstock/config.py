@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, get_origin
 
 from penstock._machine.policy import Limits
+from penstock.conninfo import foreign
 from penstock.errors import ConfigError
 from penstock.redacted import redacted
 from penstock.secret import Hidden, Unfit, veiled
@@ -199,6 +200,10 @@ class PoolConfig:
     def _check_source(self) -> None:
         self._check(not isinstance(self.conninfo, Unfit), "conninfo",
                     "a conninfo string, a URL, or a callable that returns one")  # fmt: skip
+        if isinstance(self.conninfo, str) and isinstance(self.driver, str):
+            wrong = foreign(self.conninfo.strip())
+            if wrong is not None:  # said at connect, it would be a server that cannot be reached
+                raise wrong.error("conninfo")
         self._check(not isinstance(self.kwargs, Unfit), "kwargs",
                     "a mapping, a callable that returns one, or None")  # fmt: skip
         if isinstance(self.kwargs, Mapping):

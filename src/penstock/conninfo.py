@@ -86,6 +86,14 @@ def is_url(text: str) -> bool:
     return text.startswith(PREFIXES)
 
 
+def foreign(text: str) -> Wrong | None:
+    """What is wrong with a URL that is none of libpq's: SQLAlchemy's, JDBC's, another database's."""
+    if is_url(text) or "://" not in text.partition("=")[0]:
+        return None
+    hint = "write it without the driver's name and without jdbc:, and for PostgreSQL only"
+    return Wrong("a URL begins with postgresql:// here", hint=hint)
+
+
 def to_conninfo(settings: Mapping[str, str]) -> str:
     """Write settings as a conninfo string.
 

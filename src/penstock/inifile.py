@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import configparser
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from penstock.secret import Hidden, Secret, is_secret
@@ -19,6 +20,8 @@ from penstock.sections import Entry, Section
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+#: The section that is in every other one.
+_AROUND: Final = "DEFAULT"
 _HEADER: Final = "put the name of the database above, in brackets: [default]"
 # Stricter than configparser's, to which `[shop] PW = [x]` is a section, and the password in its name.
 _SECTION: Final = re.compile(r"\[(?P<header>\w[\w .:/-]*)\]\s*(?:[#;].*)?\Z")
@@ -78,13 +81,21 @@ def read_ini(text: Hidden[str], file: str) -> list[Section] | Broken:
         file: its name, for errors.
     """
     lines = _Lines(text)
-    parser = configparser.ConfigParser(interpolation=None, empty_lines_in_values=False)
+    # No default section of its own: in what it merges, a key would have the line of [DEFAULT]'s.
+    parser = configparser.ConfigParser(
+        interpolation=None, empty_lines_in_values=False, default_section="\0"
+    )
     parser.SECTCRE = _SECTION
     parser.optionxform = lines.key  # type: ignore[assignment, method-assign]
     broken = _feed(parser, lines)
     if broken is not None:
         return broken
-    return [Section(name, _entries(parser, name), file, path=name) for name in parser.sections()]
+    own = {name: _entries(parser, name) for name in parser.sections()}
+    around = own.pop(_AROUND, ())
+    if around and not own:  # nothing to be in: it is the database itself
+        return [Section(_AROUND.lower(), around, file, path=_AROUND)]
+    inherited = tuple(replace(entry, outside=1) for entry in around)
+    return [Section(name, own[name] + inherited, file, path=name) for name in own]
 
 
 def _feed(parser: configparser.ConfigParser, lines: _Lines) -> Broken | None:

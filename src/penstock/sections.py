@@ -33,6 +33,8 @@ class Entry:
         line: where it stands in the section's file, or what finds that out, or None.
         doubtful: this may be the rest of a broken line with a secret, so the key is shown only
             where it resembles one that exists.
+        outside: 0 for the section's own; 1 and more for what it has from around it (the further
+            away, the more). The nearer one wins.
     """
 
     key: str
@@ -40,6 +42,7 @@ class Entry:
     value: Any
     line: int | Callable[[], int | None] | None = None
     doubtful: bool = False
+    outside: int = 0
 
     def __repr__(self) -> str:
         return f"<Entry {'?' if self.doubtful else repr(self.key)}>"
@@ -148,6 +151,10 @@ def _variable(match: re.Match[str]) -> str:
         raise Unset("a variable by '${' without a name and '}'")
     found = os.environ.get(name)
     if found is None:
+        if re.match(rf"{_USUAL.pattern}:?[-+?=]", name):
+            raise Unset(
+                "a variable with a default, as shells and Compose have it: there are none here"
+            )
         # a name that is not written as usual may be a piece of a password
         shown = repr(name) if _USUAL.fullmatch(name) else "a variable"
         raise Unset(f"{shown}, which is not set in the environment")

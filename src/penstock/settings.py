@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock.config import PoolConfig, resembling
-from penstock.conninfo import KEYWORDS, Wrong, is_pairs, is_url, read, to_conninfo, unwritable
+from penstock.conninfo import (
+    KEYWORDS,
+    Wrong,
+    foreign,
+    is_pairs,
+    is_url,
+    read,
+    to_conninfo,
+    unwritable,
+)
 from penstock.errors import ConfigError
 from penstock.secret import Hidden, Secret
 from penstock.sections import expanded
@@ -83,8 +92,11 @@ def _made(options: Hidden[dict[str, Any]]) -> PoolConfig | ConfigError:
 
 def _by_meaning(section: Section) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
-    for entry in section.entries:
+    nearest: dict[str, int] = {}
+    for entry in section.entries:  # the nearest first
         meaning = _meaning(section, entry)  # first of all: it refuses keys that must not be shown
+        if entry.outside > nearest.setdefault(meaning, entry.outside):
+            continue
         if section.expands:
             entry = expanded(section, entry)  # noqa: PLW2901  the entry as it was meant
         if meaning not in OPTIONS and _is_empty(entry.value):
@@ -106,6 +118,8 @@ def _meaning(section: Section, entry: Entry) -> str:
 def _unknown(section: Section, entry: Entry) -> ConfigError:
     meant = _FOREIGN.get(entry.word) or resembling(entry.word, KEYS)
     hint = "see docs/configuration.md for the keys that there are"
+    if entry.word == "engine":
+        hint = "Django's own: leave it out; NAME is dbname here, and what is in OPTIONS stands beside it"
     if meant is not None:
         hint = f"did you mean {section.spelling(meant)!r}?"
     if not entry.doubtful or (meant is not None and _is_misspelt(entry.word, meant)):
@@ -139,10 +153,16 @@ def _conninfo(section: Section, entries: dict[str, Entry]) -> Hidden[Any]:
     whole = entries.get("conninfo")
     separate = {key: entry for key, entry in entries.items() if key in KEYWORDS}
     file = entries.get(PASSWORD_FILE)
+    if file is not None and "password" in separate:
+        if file.outside > separate["password"].outside:
+            file = None
+        elif file.outside < separate["password"].outside:
+            del separate["password"]
     if whole is not None and not isinstance(whole.value, str):
         return _not_a_text(section, whole, alone=not separate and file is None)
     settings = Hidden({} if whole is None else _read_whole(section, whole).value)
-    _refuse_contradictions(section, separate, settings)
+    if whole is not None:
+        separate = _nearer(section, separate, whole, settings)
     settings.value.update({key: _text(section, key, each) for key, each in separate.items()})
     for key in ("port", *_ALLOWED, *_NUMBERS):
         if key in settings.value:
@@ -181,27 +201,34 @@ def _whole(entry: Entry) -> dict[str, str] | Wrong:
     text = entry.value.strip()
     if is_url(text):
         return read(text)
-    if "://" in text.partition("=")[0]:
-        return Wrong("a URL begins with postgresql:// here", hint=_SCHEME)
+    if (wrong := foreign(text)) is not None:
+        return wrong
     if is_pairs(text):
         return read(text)
-    if entry.word == "conninfo" or not re.fullmatch(r"[\w.:%@/,\-]+", text):
-        return Wrong("it is neither a URL, nor a conninfo string, nor a host name")
+    # a name, an address, or a socket's folder; user:password@host/dbname is none of them
+    if entry.word == "conninfo" or not re.fullmatch(r"[\w.:%,\-]+|[/@][\w.:%@/,\-]*", text):
+        what = "it is neither a URL, nor a conninfo string, nor a host name"
+        return Wrong(what, hint="write postgresql://user@host/dbname, or host=... dbname=...")
     if re.fullmatch(r"[^:/]+:\d+", text):
         return Wrong("it is a host with a port", hint="give the port as a key of its own, port")
     return {"host": text}
 
 
-_SCHEME: Final = "write it without the driver's name and without jdbc:, and for PostgreSQL only"
-
-
-def _refuse_contradictions(
-    section: Section, separate: dict[str, Entry], settings: Hidden[dict[str, str]]
-) -> None:
+def _nearer(
+    section: Section, separate: dict[str, Entry], whole: Entry, settings: Hidden[dict[str, str]]
+) -> dict[str, Entry]:
+    """The separate settings that hold beside the URL; a contradiction in one place is an error."""
+    found: dict[str, Entry] = {}
     for key, entry in separate.items():
-        if key in settings.value and settings.value[key] != _text(section, key, entry):
+        if key in settings.value and entry.outside > whole.outside:
+            continue
+        found[key] = entry
+        if key not in settings.value or entry.outside < whole.outside:
+            continue
+        if settings.value[key] != _text(section, key, entry):
             what = f"option {entry.key!r} contradicts what the URL or conninfo says"
             raise section.wrong(entry, what=what, hint="say it in one place")
+    return found
 
 
 #: What may be a list: several hosts, in the order in which they are tried.
@@ -228,6 +255,8 @@ def _text(section: Section, key: str, entry: Entry) -> Secret:
 def _as_text(key: str, value: object) -> Secret | None:
     if isinstance(value, bool):
         return Secret(int(value)) if key in _SWITCHES else None
+    if isinstance(value, Path):  # of a certificate, or a socket's folder
+        return Secret(value)
     if isinstance(value, (str, int)):
         return Secret(value)
     if key in _LISTS and isinstance(value, (list, tuple)):
@@ -334,7 +363,7 @@ def _password_file(
     if "password" in settings.value:
         what = f"option {entry.key!r} is given, and a password, too"
         raise section.wrong(entry, what=what, hint="keep one of them")
-    if not isinstance(entry.value, str):
+    if not isinstance(entry.value, (str, Path)):
         raise section.wrong(entry, "the path of a file", _kind(entry))
     folder = Path(section.file).parent if section.file else Path()
     path = Secret((folder / Path(entry.value).expanduser()).absolute())

@@ -81,7 +81,7 @@ def _one(
     around = _section(given, name, only_plain=True).entries
     section = _section(Hidden(own.value), name)
     words = {entry.word for entry in section.entries}
-    inherited = tuple(entry for entry in around if entry.word not in words)
+    inherited = tuple(replace(each, outside=1) for each in around if each.word not in words)
     return pool_config(Section(name, section.entries + inherited))
 
 
@@ -119,7 +119,8 @@ def many_from_env(prefix: str) -> dict[str, PoolConfig]:
     """See `Pools.from_env`."""
     names = _names_in_env(prefix)
     found = {
-        name.lower(): pool_config(_env_section(f"{prefix}{name}__", name.lower())) for name in names
+        name.lower(): pool_config(_env_section(f"{prefix}{name}__", name.lower(), inner=True))
+        for name in names
     }
     plain = _env_section(prefix, DEFAULT if found else None, fall_back=not found)
     if plain.entries and DEFAULT in found:
@@ -137,15 +138,21 @@ def many_from_env(prefix: str) -> dict[str, PoolConfig]:
 def _names_in_env(prefix: str) -> list[str]:
     """The databases that variables name: ORDERS of PENSTOCK_ORDERS__URL."""
     words = (each.removeprefix(prefix) for each in sorted(os.environ) if each.startswith(prefix))
-    names = (word.partition("__")[0] for word in words if "__" in word.strip("_"))
+    names = (word.partition("__")[0] for word in words if _is_of_a_name(word))
     return list(dict.fromkeys(name for name in names if not _is_others(prefix, name)))
+
+
+def _is_of_a_name(word: str) -> bool:
+    return "__" in word.strip("_")
 
 
 def _is_others(prefix: str, word: str) -> bool:
     return prefix == PREFIX and word.startswith(_OTHERS)
 
 
-def _env_section(prefix: str, name: str | None, *, fall_back: bool = True) -> Section:
+def _env_section(
+    prefix: str, name: str | None, *, fall_back: bool = True, inner: bool = False
+) -> Section:
     """The variables of a prefix; DATABASE_URL where none of PENSTOCK_'s says where to connect."""
     entries = [
         Entry(variable, word.lower(), as_secret(value))
@@ -153,7 +160,7 @@ def _env_section(prefix: str, name: str | None, *, fall_back: bool = True) -> Se
         if variable.startswith(prefix)
         and value.strip()  # empty is as good as not set, as in a compose file
         and (word := variable.removeprefix(prefix))
-        and "__" not in word
+        and (inner or not _is_of_a_name(word))
         and not _is_others(prefix, word)
     ]
     url = fall_back and prefix == PREFIX and os.environ.get("DATABASE_URL", "").strip()

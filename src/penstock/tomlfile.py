@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -79,7 +80,8 @@ def _entries(document: dict[str, Any], path: Path, text: Hidden[str]) -> tuple[E
     for depth in range(len(path), -1, -1):  # the nearest first
         words = {entry.word for entry in found}
         around = _of_table(_table(document, path[:depth]), path[:depth], text)
-        found += [entry for entry in around if entry.word not in words]
+        outside = len(path) - depth
+        found += [replace(each, outside=outside) for each in around if each.word not in words]
     return tuple(found)
 
 

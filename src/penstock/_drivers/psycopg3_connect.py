@@ -141,19 +141,23 @@ def _resolved(
     try:
         found = socket.getaddrinfo(host, port or None, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a label above 63 bytes
-        # With an @ it is the end of a password that was not escaped.
-        shown = (
-            "(not shown: it has an @; write %40 for one in a password)"
-            if "@" in host
-            else repr(host)
+        failure = psycopg.OperationalError(
+            f"could not resolve the host name {_shown_host(host)}: {error}"
         )
-        failure = psycopg.OperationalError(f"could not resolve the host name {shown}: {error}")
         failure.__cause__ = error
         failures.append(failure)
         return []
     # `host` stays: certificates and .pgpass go by the name.
     addresses = dict.fromkeys(str(entry[4][0]) for entry in found)
     return [{**params, "host": host, "hostaddr": each, "port": port} for each in addresses]
+
+
+def _shown_host(host: str) -> str:
+    if "@" in host:  # it is the end of a password that was not escaped
+        return "(not shown: it has an @; write %40 for one in a password)"
+    if "=" in host or ";" in host:  # settings with semicolons between them, as other databases' are
+        return "(not shown: it has a = or ;, and blanks are what stands between settings)"
+    return repr(host)
 
 
 def _twice(attempts: list[Params]) -> list[Params]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Final
 
@@ -156,7 +156,8 @@ def _within(place: str, key: str) -> str:
 def _with(entries: tuple[Entry, ...], others: tuple[Entry, ...]) -> tuple[Entry, ...]:
     """The entries, and what only the others say."""
     words = {entry.word for entry in entries}
-    return entries + tuple(entry for entry in others if entry.word not in words)
+    added = (replace(each, outside=each.outside + 1) for each in others if each.word not in words)
+    return entries + tuple(added)
 
 
 def _pool(section: Section, shared: tuple[Entry, ...]) -> ConnectionPool[Any]:
