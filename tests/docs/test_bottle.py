@@ -27,7 +27,7 @@ def source(tables, address: str, worker_class: str) -> str:
     """The page's file, on a socket of the test's own and with fewer workers."""
     (block,) = (b.text for b in blocks(PAGE) if b.text.startswith("# shop.py\n"))
     for old, new in (
-        ('host="localhost", port=8080', f"host={address!r}"),
+        ('host="localhost",\n        port=8080', f"host={address!r}"),
         ("workers=15", "workers=4"),
         ('worker_class="gthread"', f"worker_class={worker_class!r}"),
     ):

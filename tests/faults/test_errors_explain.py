@@ -218,20 +218,23 @@ def test_a_server_that_starts_up_is_waited_for():
 
 
 @pytest.mark.parametrize(
-    ("words", "sqlstate", "text"),
+    ("words", "sqlstate", "text", "step"),
     [
-        ({"dbname": "nowhere"}, "3D000", 'database "nowhere" does not exist'),
-        ({"user": "nobody"}, "28000", 'role "nobody" does not exist'),
-        ({"host": "no-such-host.invalid", "over": "tcp"}, None, "could not resolve the host name"),
-        ({"options": "-c nonsense=1"}, "42704", "nonsense"),
+        ({"dbname": "nowhere"}, "3D000", 'database "nowhere" does not exist', "check dbname"),
+        ({"user": "nobody"}, "28000", 'role "nobody" does not exist', "check that the role"),
+        ({"host": "no-such-host.invalid", "over": "tcp"}, None, "could not resolve", "at host="),
+        ({"port": "abc", "over": "tcp"}, None, "Servname", "libpq refuses an option"),
+        ({"sslmode": "maybe"}, None, "sslmode", "libpq refuses an option"),
+        ({"options": "-c nonsense=1"}, "42704", "nonsense", "no such parameter"),
     ],
 )
-def test_what_cannot_heal_is_told_at_once(words, sqlstate, text, server, pool_of):
+def test_what_cannot_heal_is_told_at_once(words, sqlstate, text, step, *, server, pool_of):
     words = {"over": "unix", **words}
     pool = pool_of(conninfo=server.conninfo(**words))
     with pytest.raises(ServerUnavailable, match=text) as caught:
         pool.open(wait=True, timeout=PATIENCE)
     assert (caught.value.sqlstate, caught.value.heals) == (sqlstate, False)
+    assert step in str(caught.value).partition("next step:")[2]
     assert (caught.value.waited or 0) < PATIENCE / 2
 
 

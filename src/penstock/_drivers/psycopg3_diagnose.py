@@ -46,6 +46,9 @@ _NO_SUCH_NAME: Final = tuple(
     getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") if hasattr(socket, name)
 )
 
+_STEP_OPTIONS: Final = "look at conninfo= and kwargs=: libpq refuses an option or its value"
+_STEP_NAME: Final = "look at host=: no address has this name"
+
 
 class Tape:
     """What the server said during one attempt to connect.
@@ -104,8 +107,12 @@ def diagnose(error: BaseException, recipe: Recipe, seconds: float | None) -> Dia
     sqlstate = getattr(error, "sqlstate", None)
     if sqlstate is not None:
         return Diagnosis(sqlstate=sqlstate, heals=_heals(sqlstate), text=text)
-    if isinstance(error, psycopg.ProgrammingError) or _names_nothing(error):
-        return Diagnosis(sqlstate=None, heals=False, text=text)
+    if isinstance(error, psycopg.ProgrammingError):
+        return Diagnosis(sqlstate=None, heals=False, text=text, next_step=_STEP_OPTIONS)
+    if _cause_errno(error) == getattr(socket, "EAI_SERVICE", None):  # port=abc
+        return Diagnosis(sqlstate=None, heals=False, text=text, next_step=_STEP_OPTIONS)
+    if _names_nothing(error):
+        return Diagnosis(sqlstate=None, heals=False, text=text, next_step=_STEP_NAME)
     if not isinstance(error, psycopg.OperationalError) or isinstance(
         error, psycopg.errors.ConnectionTimeout
     ):  # another attempt would only be late again
@@ -114,10 +121,12 @@ def diagnose(error: BaseException, recipe: Recipe, seconds: float | None) -> Dia
 
 
 def _names_nothing(error: BaseException) -> bool:
+    return isinstance(error.__cause__, UnicodeError) or _cause_errno(error) in _NO_SUCH_NAME
+
+
+def _cause_errno(error: BaseException) -> int:
     cause = error.__cause__
-    return isinstance(cause, UnicodeError) or (
-        isinstance(cause, socket.gaierror) and cause.errno in _NO_SUCH_NAME
-    )
+    return (cause.errno or 0) if isinstance(cause, socket.gaierror) else 0
 
 
 def _heals(sqlstate: str) -> bool:
@@ -127,7 +136,7 @@ def _heals(sqlstate: str) -> bool:
 def _diagnosis_by_trying(text: str, recipe: Recipe, deadline: float) -> Diagnosis:
     params = connection_params(recipe)
     if not _are_valid_options(params):
-        return Diagnosis(sqlstate=None, heals=False, text=text)
+        return Diagnosis(sqlstate=None, heals=False, text=text, next_step=_STEP_OPTIONS)
     findings = list(_findings(params, deadline))
     # Of several servers, one that may take us in later is enough for hope; those that cannot be
     # reached are not counted (localhost is often two addresses, of which one listens).

@@ -131,7 +131,12 @@ def test_an_answer_without_a_body_gives_its_stream_back_whoever_holds_it(each, m
             closed.append(self)
 
     route(each)(lambda: each.db.stream(Body(["1 "]), status=status))
-    each.app.after_request(lambda response: held.append(response) or response)
+
+    @each.app.after_request
+    def hold(response):
+        held.append(response)
+        return response
+
     served = Served(each.app, method)
     assert list(served.chunks) == []
     assert each.all_are_back()
