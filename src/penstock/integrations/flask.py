@@ -265,11 +265,11 @@ class Penstock(Database[ConnT]):
             )
         defaults = {"connection_class": self._connection_class} if self._connection_class else {}
         settings = flask_settings.read(Hidden(app.config), app.name, defaults)
+        if settings.retry_after is not None:  # first: Flask refuses it once it has served
+            _answer_with_503(app, settings.retry_after)
         app_pools = AppPools(self, app, settings)
         app.extensions[EXTENSION] = app_pools
         _extend(app, app_pools)
-        if settings.retry_after is not None:
-            _answer_with_503(app, settings.retry_after)
 
     def __getitem__(self, key: str) -> Database[ConnT]:
         return self._databases.setdefault(key, Database(self, key))

@@ -52,6 +52,14 @@ def test_an_app_is_initialised_once(app_of):
             again.init_app(app)
 
 
+def test_an_app_that_has_served_and_refuses_our_handlers_is_left_as_it_was(app_of):
+    app = app_of(DATABASE_URI=NOWHERE, RETRY_AFTER=2)
+    app.test_client().get("/")
+    with pytest.raises(AssertionError, match="setup"):  # Flask's own
+        Penstock(app)
+    assert "penstock" not in app.extensions
+
+
 def test_a_connexion_app_is_one_that_holds_a_flask_app(app_of):
     class FlaskApp:
         def __init__(self):
