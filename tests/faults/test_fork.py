@@ -205,7 +205,7 @@ def test_an_inherited_lease_raises_in_the_child_and_goes_on_in_the_parent(server
             conn.execute("insert into here values (1)")
 
             def use_it():
-                with pytest.raises(psycopg.InterfaceError, match="given back"):
+                with pytest.raises(psycopg.InterfaceError, match="opened before the fork"):
                     conn.execute("insert into here values (2)")
                 with pytest.raises(psycopg.InterfaceError):
                     conn.rollback()

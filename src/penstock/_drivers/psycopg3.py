@@ -20,7 +20,14 @@ from psycopg.pq import ConnStatus, ExecStatus, PipelineStatus, TransactionStatus
 from penstock._drivers import psycopg3_connect as connecting
 from penstock._drivers.protocol import Activity, Diagnosis, Recipe, Reply
 from penstock._drivers.psycopg3_diagnose import diagnose
-from penstock._drivers.psycopg3_guard import DEAD, Settings, equip, is_inside_block, watched
+from penstock._drivers.psycopg3_guard import (
+    DEAD,
+    INHERITED,
+    Settings,
+    equip,
+    is_inside_block,
+    watched,
+)
 from penstock._drivers.psycopg3_reset import LEARN, reset_message
 from penstock._drivers.psycopg3_wire import all_done, answers, ask, send
 from penstock._drivers.sockets import READ, deadline_in, point_at_null, shut_down, wait
@@ -331,7 +338,7 @@ class Psycopg3Link:
 
     def abandon(self, *, busy: bool) -> None:
         """In a forked child: let go of the parent's session without a byte on the wire."""
-        self.attributes["pgconn"] = DEAD
+        self.attributes["pgconn"] = INHERITED
         holds = self._holds_descriptor()
         # A child that ran no at-fork hooks may have closed the number and opened a file on it.
         ours = holds and self._is_same_socket()

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="Connection[Any]")
 
 GIVEN_BACK: Final = "this connection was given back to its pool; borrow another"
+INHERITED_SESSION: Final = (
+    "this connection was opened before the fork, and its session is the parent process's; borrow "
+    "another here"
+)
 
 
 class DeadHandle:
@@ -41,9 +45,12 @@ class DeadHandle:
 
     Its status is "bad", so that `conn.closed` is true, `conn.close()` does nothing and the
     connection's finalizer does not complain. Whatever else is asked of it raises.
+
+    Attributes:
+        why: what it says then.
     """
 
-    __slots__ = ()
+    __slots__ = ("why",)
 
     status = ConnStatus.BAD
     transaction_status = TransactionStatus.UNKNOWN
@@ -52,11 +59,16 @@ class DeadHandle:
     # session of a returned connection is being reset.
     _encoding = "utf-8"
 
+    def __init__(self, why: str) -> None:
+        self.why = why
+
     def __getattr__(self, name: str) -> NoReturn:
-        raise psycopg.InterfaceError(GIVEN_BACK)
+        raise psycopg.InterfaceError(self.why)
 
 
-DEAD: Final = cast("PGconn", DeadHandle())
+DEAD: Final = cast("PGconn", DeadHandle(GIVEN_BACK))
+#: In a forked child, for what was open at the fork.
+INHERITED: Final = cast("PGconn", DeadHandle(INHERITED_SESSION))
 
 
 class InPool:
@@ -106,8 +118,8 @@ def _note(conn: AnyConnection, name: str, value: object) -> None:
         return
     is_open = _OPEN_BLOCKS.get(name)
     if is_open is None:
-        if attributes["pgconn"] is DEAD:
-            raise psycopg.InterfaceError(GIVEN_BACK)
+        if isinstance(handle := attributes["pgconn"], DeadHandle):
+            raise psycopg.InterfaceError(handle.why)
         touched.add(name)
     elif is_open(value):
         touched.add(name)
@@ -163,8 +175,8 @@ class Watching(psycopg.Connection[Any]):
         # Called once per statement, and as dear as the method that it replaces.
         if self.pgconn.status == ConnStatus.OK:
             return
-        if self.pgconn is DEAD:
-            raise psycopg.InterfaceError(GIVEN_BACK)
+        if isinstance(self.pgconn, DeadHandle):
+            raise psycopg.InterfaceError(self.pgconn.why)
         super()._check_connection_ok()
 
 
