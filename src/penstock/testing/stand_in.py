@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock._drivers.sockets import point_at_null
+from penstock.errors import MisuseError
 from penstock.testing import messages as say
 from penstock.testing.dialog import Dialog
 from penstock.testing.messages import Hangup, Wire
@@ -59,7 +60,10 @@ class StandIn:
         describe: Callable[[int], str],
     ) -> None:
         if not hasattr(socket, "AF_UNIX"):
-            raise NotImplementedError("penstock.testing.undone() needs Unix sockets")
+            raise MisuseError(
+                "penstock.testing.undone() needs Unix sockets, and this system has none",
+                next_step="run these tests on Linux or macOS",
+            )
         self._handle = handle
         self._seconds = seconds
         self._owner_of = owner_of
