@@ -114,4 +114,4 @@ def test_a_pool_without_its_driver_names_the_extra_to_install():
 
 def test_a_driver_that_does_not_exist_is_told_from_one_that_is_not_installed():
     done = run("-c", NO_DRIVER + "penstock.ConnectionPool(driver='oracle')")
-    assert "no driver 'oracle'; there is: psycopg" in done.stderr
+    assert "no driver 'oracle' for ConnectionPool; there is: psycopg, psycopg2" in done.stderr

@@ -11,7 +11,14 @@ from typing import Any, Final
 from penstock.errors import help_line
 
 #: Name -> (module here, what must be installed, the extra that brings it).
-_KNOWN: Final = {"psycopg": ("psycopg3", "psycopg", "psycopg-binary")}
+_KNOWN: Final = {
+    "psycopg": ("psycopg3", "psycopg", "psycopg-binary"),
+    "psycopg2": ("psycopg2", "psycopg2", "psycopg2-binary"),
+}
+_KNOWN_ASYNC: Final = {
+    "psycopg": ("psycopg3_async", "psycopg", "psycopg-binary"),
+    "asyncpg": ("asyncpg", "asyncpg", "asyncpg"),
+}
 
 
 class DriverNotFoundError(ImportError):
@@ -21,16 +28,16 @@ class DriverNotFoundError(ImportError):
         return f"{super().__str__()}\n{help_line('docs/errors/driver-not-found-error.md')}"
 
 
-def load(name: str) -> Any:
-    """Import the driver of that name.
+def load(name: str, *, asynchronous: bool = False) -> Any:
+    """Import the driver of that name: for threads and gevent, or for asyncio.
 
     Raises:
         DriverNotFoundError: with the names that exist, or the extra to install.
     """
-    if name not in _KNOWN:
-        known = ", ".join(sorted(_KNOWN))
-        raise DriverNotFoundError(f"no driver {name!r}; there is: {known}")
-    module, library, extra = _KNOWN[name]
+    drivers, others = (_KNOWN_ASYNC, _KNOWN) if asynchronous else (_KNOWN, _KNOWN_ASYNC)
+    if name not in drivers:
+        raise DriverNotFoundError(_no_driver(name, sorted(drivers), other=name in others))
+    module, library, extra = drivers[name]
     try:
         return importlib.import_module(f"penstock._drivers.{module}").driver
     except ImportError as error:
@@ -38,3 +45,12 @@ def load(name: str) -> Any:
             f"driver {name!r} needs {library}, which cannot be imported ({error}); "
             f"next step: pip install 'penstock[{extra}]'"
         ) from error
+
+
+def _no_driver(name: str, known: list[str], *, other: bool) -> str:
+    pool = "AsyncConnectionPool" if "asyncpg" in known else "ConnectionPool"
+    text = f"no driver {name!r} for {pool}; there is: {', '.join(known)}"
+    if other:
+        right = "ConnectionPool" if pool == "AsyncConnectionPool" else "AsyncConnectionPool"
+        text += f"; next step: use {right}, or another driver"
+    return text

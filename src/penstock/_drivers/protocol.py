@@ -9,6 +9,9 @@ It must not know: slots, leases, waiters, limits, generations. It keeps no state
 but what is in the link. It takes no lock: whoever calls owns the link (DESIGN section 4).
 
 Times are seconds left, as floats; a driver turns them into deadlines of its own. `None` is "no limit".
+
+A driver for threads and gevent has a `Driver` and `Link`s, one for asyncio an `AsyncDriver` and
+`AsyncLink`s: what may have to wait is a coroutine there, all else the same plain call.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 ConnT = TypeVar("ConnT")
 
@@ -184,4 +187,104 @@ class Driver(Protocol[ConnT]):
         """
 
 
-Configure = "Callable[[ConnT], None]"
+class AsyncLink(Protocol[ConnT]):
+    """One open connection of an asyncio driver, used on one event loop only.
+
+    A coroutine here may be cancelled at any of its suspension points. What it leaves then need not
+    be clean, but must be told truly by `activity`: a session with a reply pending is ACTIVE, never
+    IDLE, and `tidy` either reads that reply or says False.
+    """
+
+    conn: ConnT
+    fd: int
+
+    def lend(self) -> None:
+        """Make the connection usable, as `Link.lend`."""
+
+    def park(self) -> bool:
+        """Take the handle away and tell if it is clean, as `Link.park`."""
+
+    def activity(self) -> Activity:
+        """What the session is doing, also while parked."""
+
+    async def prepare(self) -> None:
+        """Remember the settings as they are now (after `configure`) as those to go back to."""
+
+    def set_autocommit(self, value: bool) -> None:
+        """Client-side; no round trip; only while idle."""
+
+    async def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Set run-time parameters for the transaction, which this begins if none is open."""
+
+    async def begin(self) -> None:
+        """Open a transaction that `commit` ends, where the driver opens none by itself.
+
+        A driver that does (psycopg) only sees to it that this borrow is not in autocommit.
+        """
+
+    async def execute(self, query: Any, params: Any = None) -> Reply:
+        """One statement in autocommit: one round trip. Raises the driver's errors."""
+
+    async def commit(self) -> None:
+        """Commit what the driver or `begin` opened; what the borrower opened by himself is his.
+
+        Raises the driver's errors, and if the session broke and may have taken a transaction with
+        it. Cancelled, the commit that was sent goes on, and `tidy` waits for its answer.
+        """
+
+    async def tidy(self, seconds: float | None) -> bool:
+        """Bring a link that `park` called unclean back, as `Link.tidy`.
+
+        Also reads, or cancels on the server and reads, what is pending. False where that is
+        impossible, or not in time; the link is then good for `discard` only.
+        """
+
+    async def ping(self, seconds: float | None) -> bool:
+        """One round trip. False if dead or not answered in time; then good for `discard` only."""
+
+    def start_reset(self) -> bool:
+        """Send the session reset without waiting. False: could not; discard."""
+
+    async def finish_reset(self, seconds: float | None) -> bool:
+        """Read the answer to `start_reset`. False: not clean, or not in time; discard."""
+
+    def hung_up(self) -> bool:
+        """Whether the session is known to have ended, without a round trip."""
+
+    def on_end(self, tell: Callable[[], object]) -> bool:
+        """Have `tell` called (on the loop) when the driver learns that the session has ended.
+
+        Returns whether the driver does: where it does not, the pool watches `fd` by epoll.
+        """
+
+    async def close(self) -> None:
+        """End the session politely. Never raises, never waits for a peer that does not read."""
+
+    def discard(self) -> None:
+        """Drop the connection without a word; repeatable, and works when its loop is closed."""
+
+    def abandon(self, *, busy: bool) -> None:
+        """In a forked child: let go of the parent's session without a byte on the wire."""
+
+
+class AsyncDriver(Protocol[ConnT]):
+    """A database library for asyncio."""
+
+    name: str
+    operational_error: type[Exception]
+    interface_error: type[Exception]
+
+    async def open(self, recipe: Recipe, seconds: float | None) -> AsyncLink[ConnT]:
+        """Connect within `seconds`, name look-up included. Raises the driver's errors.
+
+        Cancelled, it leaves no socket and no task behind, and nothing that `asyncio.run` waits for:
+        names are looked up in a daemon thread, never in the loop's default executor.
+        """
+
+    async def diagnose(
+        self, error: BaseException, recipe: Recipe, seconds: float | None
+    ) -> Diagnosis:
+        """Tell why `open` raised `error`; may make one more attempt to learn the server's code."""
+
+    def ends_session(self, error: BaseException, *, read_write: bool) -> bool:
+        """Whether `error`, raised in a lease, means that this and older sessions are not to be trusted."""
