@@ -16,9 +16,10 @@ from penstock._drivers.protocol import Activity, Diagnosis, Recipe
 from penstock.alarm import Alarm
 from penstock.clock import clock
 from penstock.config import application_name
+from penstock.secret import Hidden
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from penstock.config import PoolConfig
 
@@ -73,10 +74,17 @@ class Opener:
     def recipe(self) -> Recipe:
         """What the next connect is made from."""
         config = self._config
-        kwargs = config.kwargs() if callable(config.kwargs) else config.kwargs
+        return self.recipe_of(
+            Hidden(config.conninfo() if callable(config.conninfo) else config.conninfo),
+            Hidden(config.kwargs() if callable(config.kwargs) else config.kwargs),
+        )
+
+    def recipe_of(self, conninfo: Hidden[str], kwargs: Hidden[Mapping[str, Any] | None]) -> Recipe:
+        """The recipe for what the user's callables returned, or what stands in their place."""
+        config = self._config
         return Recipe(
-            conninfo=config.conninfo() if callable(config.conninfo) else config.conninfo,
-            kwargs=dict(kwargs or {}),
+            conninfo=conninfo.value,
+            kwargs=dict(kwargs.value or {}),
             connection_class=config.connection_class,
             application_name=application_name(self._name),
             autocommit=config.autocommit,
@@ -119,30 +127,35 @@ class Opener:
         configure = self._config.configure
         if configure is not None:
             _call_configure(configure, link.conn)
-            if link.activity() is not Activity.IDLE:
-                raise ConfigureError(
-                    f"configure={_name_of(configure)} left the connection "
-                    f"{link.activity().value}: end with commit(), or set autocommit"
-                )
+            refuse_unfinished(configure, link)
         link.prepare()
-        if not link.park():
-            raise ConfigureError("a new connection is not idle")
+        park_new(link)
 
     def explain(self, error: BaseException) -> Failure:
         """Find out why `open` raised `error`; may make one more attempt, which diagnoses."""
+        failure = self.known(error)
+        return failure or self.remember(error, self._diagnosis(error))
+
+    def known(self, error: BaseException) -> Failure | None:
+        """Why `open` raised `error`, where no driver need be asked."""
         _drop_tracebacks(error)
         if isinstance(error, ConfigureError):
             return self._explain_configure(error)
         if isinstance(error, RecipeError):
             cause = error.__cause__ or error
-            text = f"{error}: {_one_line(cause)}"
+            text = f"{error}: {one_line(cause)}"
             return Failure(cause, heals=False, sqlstate=None, text=text, next_step=_STEP_RECIPE)
         if not isinstance(error, Exception):  # SystemExit in a callable, say
-            return Failure(error, heals=False, sqlstate=None, text=_one_line(error))
-        diagnosis = self._diagnosis(error)
-        return Failure(
-            error, diagnosis.heals, diagnosis.sqlstate, diagnosis.text, diagnosis.next_step
-        )
+            return Failure(error, heals=False, sqlstate=None, text=one_line(error))
+        remembered = self._known
+        if remembered is not None and remembered[0] == _key(error):
+            return _failure(error, remembered[1])
+        return None
+
+    def remember(self, error: BaseException, diagnosis: Diagnosis) -> Failure:
+        """What the driver found out about `error`; the same words again need no second attempt."""
+        self._known = (_key(error), diagnosis)
+        return _failure(error, diagnosis)
 
     def _explain_configure(self, error: ConfigureError) -> Failure:
         """The session was there: what failed is the user's code, or what it asked of the server."""
@@ -153,7 +166,7 @@ class Opener:
             )
         # A bug stays one however often it is tried; the server may be of another mind later.
         heals = isinstance(cause, (self._driver.operational_error, OSError))
-        text = f"{error}: {_one_line(cause)}"
+        text = f"{error}: {one_line(cause)}"
         return Failure(
             cause,
             heals,
@@ -163,16 +176,39 @@ class Opener:
         )
 
     def _diagnosis(self, error: BaseException) -> Diagnosis:
-        key = (type(error), str(error))
-        known = self._known
-        if known is not None and known[0] == key:
-            return known[1]
         try:
             diagnosis: Diagnosis = self._driver.diagnose(error, self.recipe(), DIAGNOSE_SECONDS)
         except Exception:  # noqa: BLE001  a diagnosis that fails must not hide the failure
-            diagnosis = Diagnosis(sqlstate=None, heals=True, text=_one_line(error))
-        self._known = (key, diagnosis)
+            diagnosis = undiagnosed(error)
         return diagnosis
+
+
+def _key(error: BaseException) -> tuple[type, str]:
+    return type(error), str(error)
+
+
+def _failure(error: BaseException, diagnosis: Diagnosis) -> Failure:
+    return Failure(error, diagnosis.heals, diagnosis.sqlstate, diagnosis.text, diagnosis.next_step)
+
+
+def undiagnosed(error: BaseException) -> Diagnosis:
+    """What is known without asking: unknown failures are taken to heal."""
+    return Diagnosis(sqlstate=None, heals=True, text=one_line(error))
+
+
+def refuse_unfinished(configure: Callable[[Any], object], link: Any) -> None:
+    """Raise ConfigureError if the user's `configure` left the session in the middle of something."""
+    if link.activity() is not Activity.IDLE:
+        raise ConfigureError(
+            f"configure={_name_of(configure)} left the connection "
+            f"{link.activity().value}: end with commit(), or set autocommit"
+        )
+
+
+def park_new(link: Any) -> None:
+    """Park a link for the first time."""
+    if not link.park():
+        raise ConfigureError("a new connection is not idle")
 
 
 _STEP_CONFIGURE: Final = (
@@ -205,13 +241,19 @@ def _call_configure(configure: Callable[[Any], object], conn: Any) -> None:
     try:
         configure(conn)
     except Exception as error:
-        raise ConfigureError(f"configure={_name_of(configure)} raised") from error
+        raise configure_raised(configure) from error
+
+
+def configure_raised(configure: Callable[[Any], object]) -> ConfigureError:
+    """What to raise from the error of the user's `configure`."""
+    return ConfigureError(f"configure={_name_of(configure)} raised")
 
 
 def _name_of(call: Any) -> str:
     return str(getattr(call, "__qualname__", None) or type(call).__qualname__)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error in one line, with its class."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
