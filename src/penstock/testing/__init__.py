@@ -1,12 +1,19 @@
 """For tests, penstock's and yours: the outside world as a test wants it.
 
-* `FakeServer`, `FakeDriver`, `FakeClock`, ...: no database at all (`fakes.py`);
+* `FakeServer`, `FakeDriver`, `FakeClock`, ...: no database at all (`fakes.py`), and `AsyncFakeDriver`
+  for asyncio (`async_fakes.py`);
 * `undone`: a pool on a real database, where nothing stays (`undone.py`);
 * ``pytest_plugins = ["penstock.testing.plugin"]``: both as fixtures, with a temporary PostgreSQL.
 
 One job: the names. Importing it needs neither pytest nor a driver.
 """
 
+from penstock.testing.async_fakes import (
+    AsyncFakeConnection,
+    AsyncFakeCursor,
+    AsyncFakeDriver,
+    AsyncFakeLink,
+)
 from penstock.testing.fakes import (
     DoubleUse,
     FakeClock,
@@ -23,6 +30,10 @@ from penstock.testing.fakes import (
 from penstock.testing.undone import Undone, undone
 
 __all__ = [
+    "AsyncFakeConnection",
+    "AsyncFakeCursor",
+    "AsyncFakeDriver",
+    "AsyncFakeLink",
     "DoubleUse",
     "FakeClock",
     "FakeConnection",

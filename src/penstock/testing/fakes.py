@@ -8,7 +8,8 @@ One job: play the outside world in a test, without a database and without sleepi
 
 It must not know: pools, slots, leases. A `FakeLink` behaves as every driver's link must
 (`penstock._drivers.protocol`), and raises `DoubleUse` when it is lent twice or used by two threads
-at once. Its `fd` is one end of a real socket pair, so that a watcher sees the server hang up.
+at once. Its `fd` is one end of a real socket pair, so that a watcher sees the server hang up. The
+same over asyncio is in `async_fakes.py`; what both have, because it never waits, is `FakeEnd`.
 
 Locks: `FakeServer._changed` protects all that a server knows; a link's `_wire` is held for the
 time of one statement or ping and never waited for.
@@ -63,6 +64,8 @@ _SQLSTATES: Final = {
     Mode.WRONG_PASSWORD: "28P01",
 }
 _SERVER_GOES: Final = ("57P01", "57P02", "57P03", "08")
+_TOO_LATE: Final = "connection timeout expired"
+_GONE: Final = "the server ended the session or said nothing"
 
 
 class FakeError(Exception):
@@ -105,7 +108,7 @@ class FakeServer:
     ) -> None:
         self.clock = clock
         self.max_connections = max_connections
-        self.sessions: dict[int, FakeLink] = {}
+        self.sessions: dict[int, Any] = {}
         self.connects = 0
         self.pings = 0
         self.statements: list[tuple[int, str]] = []
@@ -114,6 +117,8 @@ class FakeServer:
         self._admitted = 0
         self._numbers = 0
         self._changed = threading.Condition()
+        # Wake those who wait on an event loop; called in whichever thread changes the server.
+        self._onlookers: set[Callable[[], object]] = set()
 
     @property
     def mode(self) -> Mode:
@@ -125,7 +130,7 @@ class FakeServer:
         with self._changed:
             self._mode = mode
             self._admitted = 0
-            self._changed.notify_all()
+            self._announce()
         if mode in {Mode.DOWN, Mode.RESTARTING}:
             self.hang_up()
 
@@ -133,7 +138,7 @@ class FakeServer:
         """While SLOW: let so many connects complete, those under way first."""
         with self._changed:
             self._admitted += count
-            self._changed.notify_all()
+            self._announce()
 
     def hang_up(self, *numbers: int) -> None:
         """End these sessions, or all, from the server's side."""
@@ -148,21 +153,32 @@ class FakeServer:
     def __exit__(self, *_exc: object) -> None:
         self.hang_up()
 
+    def _announce(self) -> None:
+        """Tell whoever waits that something has changed. Under the lock, or by whoever needs none."""
+        with self._changed:
+            self._changed.notify_all()
+            for tell in tuple(self._onlookers):
+                tell()
+
     def _connect(self, link: FakeLink, seconds: float | None) -> int:
         with self._changed:
             self.connects += 1
             if not self._wait(self._settled, seconds):
-                raise FakeOperationalError("connection timeout expired")
-            mode = self._mode
-            if mode is Mode.SLOW:
-                self._admitted -= 1
-            elif mode is not Mode.UP:
-                raise FakeOperationalError(mode.value, _SQLSTATES.get(mode))
-            if self.max_connections is not None and len(self.sessions) >= self.max_connections:
-                raise FakeOperationalError(Mode.FULL.value, _SQLSTATES[Mode.FULL])
-            self._numbers += 1
-            self.sessions[self._numbers] = link
-            return self._numbers
+                raise FakeOperationalError(_TOO_LATE)
+            return self._welcome(link)
+
+    def _welcome(self, link: FakeEnd) -> int:
+        """A connect comes to its end: its session's number, or the refusal is raised."""
+        mode = self._mode
+        if mode is Mode.SLOW:
+            self._admitted -= 1
+        elif mode is not Mode.UP:
+            raise FakeOperationalError(mode.value, _SQLSTATES.get(mode))
+        if self.max_connections is not None and len(self.sessions) >= self.max_connections:
+            raise FakeOperationalError(Mode.FULL.value, _SQLSTATES[Mode.FULL])
+        self._numbers += 1
+        self.sessions[self._numbers] = link
+        return self._numbers
 
     def _settled(self) -> bool:
         """Whether a connect can come to its end, good or bad."""
@@ -238,17 +254,20 @@ class FakeConnection:
         self._link.close()
 
 
-class FakeLink:
-    """One session of a `FakeServer`; see `penstock._drivers.protocol.Link` for the methods.
+class FakeEnd:
+    """The client's end of one session of a `FakeServer`: what a link of any kind does without waiting.
 
     Attributes:
         number: the session's number at the server.
-        user: the thread that it was lent to, None while parked.
+        user: the thread or task that it was lent to, None while parked.
         ended: one of the two sides has ended the session.
         said_goodbye: it ended by `close`, not by `discard`, and not by the server.
     """
 
-    def __init__(self, server: FakeServer, recipe: Recipe, seconds: float | None) -> None:
+    conn: Any
+    number = 0
+
+    def __init__(self, server: FakeServer, recipe: Recipe) -> None:
         self.ended = False
         self.said_goodbye = False
         self.user: str | None = None
@@ -256,21 +275,18 @@ class FakeLink:
         self._autocommit = recipe.autocommit
         self._parked = False
         self._activity = Activity.IDLE
-        self._wire = threading.Lock()
         # Bare descriptors: a socket object that dies in a cycle warns before `__del__` can close it.
         self._ours, self._theirs = (end.detach() for end in socket.socketpair())
         self.fd = self._ours
-        self.conn = FakeConnection(self, autocommit=recipe.autocommit)
-        self.number = server._connect(self, seconds)  # noqa: SLF001  the other end of one wire
 
     def __repr__(self) -> str:
         state = "ended" if self.ended else f"lent to {self.user}" if self.user else "parked"
-        return f"<FakeLink {self.number} {state}>"
+        return f"<{type(self).__name__} {self.number} {state}>"
 
     def lend(self) -> None:
         if self.user is not None:
             raise DoubleUse(f"session {self.number} is lent to {self.user} already")
-        self.user = threading.current_thread().name
+        self.user = self._caller()
         self._parked = False
 
     def park(self) -> bool:
@@ -281,11 +297,81 @@ class FakeLink:
     def activity(self) -> Activity:
         return Activity.BROKEN if self.ended else self._activity
 
-    def prepare(self) -> None:
-        self._autocommit = self.conn.autocommit
-
     def set_autocommit(self, value: bool) -> None:
         self.conn.autocommit = value
+
+    def start_reset(self) -> bool:
+        self._activity = Activity.IDLE
+        return not self.ended
+
+    def hung_up(self) -> bool:
+        return self.ended
+
+    def discard(self) -> None:
+        self._end()  # the descriptor stays: somebody may still hold the connection
+
+    def abandon(self, *, busy: bool) -> None:
+        with contextlib.suppress(OSError), open(os.devnull, "rb") as null:  # noqa: PTH123
+            os.dup2(null.fileno(), self.fd, inheritable=False)
+        self._parked = True
+        if not busy:
+            self._close_sockets()
+
+    def __del__(self) -> None:
+        if "_theirs" in vars(self):
+            self._close_sockets()
+
+    def _caller(self) -> str:
+        return threading.current_thread().name
+
+    def _refuse_if_closed(self) -> None:
+        if self._parked or (self.ended and self.said_goodbye):
+            raise FakeInterfaceError("the connection is closed")
+
+    def _answered(self, query: str) -> Sequence[Any]:
+        """What the server gives for this statement, which it has received."""
+        answer = self._server.answers.get(query, [(1,)])
+        if isinstance(answer, Exception):
+            if self._activity is Activity.IN_TRANSACTION:
+                self._activity = Activity.IN_FAILED_TRANSACTION
+            raise answer
+        return answer
+
+    def _goodbye(self) -> None:
+        self.said_goodbye = not self.ended
+        self._end()
+        self._close_sockets()
+
+    def _end(self) -> None:
+        self.ended = True
+        if self._server.sessions.get(self.number) is self:
+            del self._server.sessions[self.number]
+        _shut_down(self._ours)
+        self._server._announce()  # noqa: SLF001  whoever waits for an answer gets none
+
+    def _server_hangs_up(self) -> None:
+        self.ended = True
+        _shut_down(self._theirs)
+        self._server._announce()  # noqa: SLF001  whoever waits for an answer gets none
+
+    def _close_sockets(self) -> None:
+        for end in (self._ours, self._theirs):
+            if end >= 0:
+                os.close(end)
+        self._ours = self._theirs = -1
+
+
+class FakeLink(FakeEnd):
+    """A link for threads and gevent; see `penstock._drivers.protocol.Link` for the methods."""
+
+    def __init__(self, server: FakeServer, recipe: Recipe, seconds: float | None) -> None:
+        super().__init__(server, recipe)
+        self._wire = threading.Lock()
+        self.conn = FakeConnection(self, autocommit=recipe.autocommit)
+        self.number = server._connect(self, seconds)  # noqa: SLF001  the other end of one wire
+
+    def prepare(self) -> None:
+        self._autocommit = self.conn.autocommit
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
         self._ask(f"set {', '.join(settings)}", begins=True)
@@ -309,47 +395,18 @@ class FakeLink:
         self._server.pings += 1
         return self._rounds_trip("", seconds)
 
-    def start_reset(self) -> bool:
-        self._activity = Activity.IDLE
-        return not self.ended
-
     def finish_reset(self, seconds: float | None) -> bool:
         return self._rounds_trip("RESET", seconds)
 
-    def hung_up(self) -> bool:
-        return self.ended
-
     def close(self) -> None:
-        self.said_goodbye = not self.ended
-        self._end()
-        self._close_sockets()
-
-    def discard(self) -> None:
-        self._end()  # the descriptor stays: somebody may still hold the connection
-
-    def abandon(self, *, busy: bool) -> None:
-        with contextlib.suppress(OSError), open(os.devnull, "rb") as null:  # noqa: PTH123
-            os.dup2(null.fileno(), self.fd, inheritable=False)
-        self._parked = True
-        if not busy:
-            self._close_sockets()
-
-    def __del__(self) -> None:
-        if "_theirs" in vars(self):
-            self._close_sockets()
+        self._goodbye()
 
     def _ask(self, query: str, *, begins: bool) -> Sequence[Any]:
-        if self._parked or (self.ended and self.said_goodbye):
-            raise FakeInterfaceError("the connection is closed")
+        self._refuse_if_closed()
         self._go(query, None)
-        answer = self._server.answers.get(query, [(1,)])
         if begins:
             self._activity = Activity.IN_TRANSACTION
-        if isinstance(answer, Exception):
-            if self._activity is Activity.IN_TRANSACTION:
-                self._activity = Activity.IN_FAILED_TRANSACTION
-            raise answer
-        return answer
+        return self._answered(query)
 
     def _end_transaction(self, how: str) -> None:
         if self._activity is not Activity.IDLE:
@@ -369,32 +426,11 @@ class FakeLink:
             raise DoubleUse(f"session {self.number} is used by two at once")
         try:
             if not self._server._answers(self, seconds):  # noqa: SLF001
-                gone = "57P01" if self.ended else None
-                raise FakeOperationalError("the server ended the session or said nothing", gone)
+                raise FakeOperationalError(_GONE, "57P01" if self.ended else None)
             if statement:
                 self._server.statements.append((self.number, statement))
         finally:
             self._wire.release()
-
-    def _end(self) -> None:
-        self.ended = True
-        if self._server.sessions.get(self.number) is self:
-            del self._server.sessions[self.number]
-        _shut_down(self._ours)
-        with self._server._changed:  # noqa: SLF001  whoever waits for an answer gets none
-            self._server._changed.notify_all()  # noqa: SLF001
-
-    def _server_hangs_up(self) -> None:
-        self.ended = True
-        _shut_down(self._theirs)
-        with self._server._changed:  # noqa: SLF001  whoever waits for an answer gets none
-            self._server._changed.notify_all()  # noqa: SLF001
-
-    def _close_sockets(self) -> None:
-        for end in (self._ours, self._theirs):
-            if end >= 0:
-                os.close(end)
-        self._ours = self._theirs = -1
 
 
 def _shut_down(end: int) -> None:
