@@ -96,13 +96,13 @@ class Borrowing(Upkeep):
 
         It stands in a variable on the stack, or the line that asks is inside a `with` block.
         """
-        if is_inside_with(_first_of_caller(sys._getframe())):
+        if is_inside_with(first_of_caller(sys._getframe())):
             return True
         me = get_ident()
         mine = {
             id(slot.link.conn) for slot in self._machine.slots() if slot.holder == me and slot.link
         }
-        return _is_on_stack(mine, sys._getframe())
+        return is_on_stack(mine, sys._getframe())
 
     def _wait(self, waiter: Waiter, gate: queue.SimpleQueue[None], seconds: float) -> Slot:
         began = clock()
@@ -247,7 +247,7 @@ class Borrowing(Upkeep):
             try:
                 slot = self._borrow_slowly(left)
             except PenstockError as error:
-                _explain_by(error, refusal, seconds)
+                explain_by(error, refusal, seconds)
                 raise
         slot.link.lend()
         return slot
@@ -452,14 +452,16 @@ class GivenBack(Exception):  # noqa: N818  never raised: it stands for "roll bac
     """What putconn() tells a lease instead of an exception, to have it rolled back."""
 
 
-def _first_of_caller(top: FrameType | None) -> FrameType | None:
+def first_of_caller(top: FrameType | None) -> FrameType | None:
+    """The innermost frame that is not penstock's."""
     frame = top
     while frame is not None and str(frame.f_globals.get("__name__")).startswith("penstock."):
         frame = frame.f_back
     return frame
 
 
-def _is_on_stack(ids: set[int], top: FrameType | None) -> bool:
+def is_on_stack(ids: set[int], top: FrameType | None) -> bool:
+    """Whether one of these objects (by `id`) is in a local variable of a frame of this stack."""
     frame = top
     while frame is not None:
         # Copied: a module's variables are the module's own.
@@ -487,7 +489,7 @@ def _pause(refused: int, seconds: float, left: float) -> None:
     time.sleep(min(delay, left))
 
 
-def _explain_by(error: PenstockError, refusal: Exception | None, seconds: float) -> None:
+def explain_by(error: PenstockError, refusal: Exception | None, seconds: float) -> None:
     """A borrower whose connections were all refused by `check`: that is why he got none."""
     if refusal is not None:
         error.__cause__ = refusal

@@ -600,11 +600,16 @@ def _holder(hold: Hold, top: types.FrameType | None) -> Holder:
 def _first_of_user(top: types.FrameType | None) -> types.FrameType | None:
     frame = top
     while frame is not None:
-        module = frame.f_globals.get("__name__")
-        if str(module).partition(".")[0] not in _PLUMBING:
+        if not is_plumbing(frame):
             return frame
         frame = frame.f_back
     return top  # plumbing all the way down: better than nothing
+
+
+def is_plumbing(frame: types.FrameType) -> bool:
+    """Whether this frame is penstock's, a driver's or a runtime's, and not the user's."""
+    module = frame.f_globals.get("__name__")
+    return str(module).partition(".")[0] in _PLUMBING
 
 
 def _thread_name(ident: int) -> str:
