@@ -14,7 +14,7 @@ import penstock.lease
 SRC = Path(penstock.lease.__file__).parent
 LEASE = ast.parse((SRC / "lease.py").read_text())
 MACHINE = ast.parse((SRC / "_machine" / "machine.py").read_text())
-DRIVER = ast.parse((SRC / "_drivers" / "psycopg3.py").read_text())
+DRIVER = ast.parse((SRC / "_drivers" / "psycopg3_link.py").read_text())
 
 
 def method(tree, cls, name):
@@ -89,9 +89,9 @@ def test_a_slot_is_put_back_the_same_in_the_lease_as_in_put():
 def test_the_connection_is_lent_and_parked_the_same_in_the_lease_as_in_the_link():
     enter = ast.unparse(method(LEASE, "PgconnLease", "__enter__"))
     leave = ast.unparse(method(LEASE, "PgconnLease", "__exit__"))
-    lend = said(method(DRIVER, "Psycopg3Link", "lend").body[-1], self="link")
+    lend = said(method(DRIVER, "PgconnLink", "lend").body[-1], self="link")
     assert lend in enter
-    park = method(DRIVER, "Psycopg3Link", "park")
+    park = method(DRIVER, "PgconnLink", "park")
     swap = said(park.body[1], self="link").replace("DEAD", "link.dead")
     assert swap in leave
     judged = next(node for node in park.body if isinstance(node, ast.If))

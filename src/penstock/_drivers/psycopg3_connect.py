@@ -25,10 +25,14 @@ from penstock._drivers.sockets import READ, WRITE, wait
 from penstock.secret import Secret, is_secret
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from psycopg.pq.abc import PGconn
 
     from penstock._drivers.protocol import Recipe
     from penstock._drivers.psycopg3_diagnose import Tape
+
+    Resolve = Callable[[str, str], list[str]]
 
 Params = dict[str, Any]
 
@@ -102,8 +106,13 @@ def _defaults() -> list[pq.ConninfoOption]:
 # --- which addresses, in which order
 
 
-def attempts_of(params: Params) -> tuple[list[Params], list[psycopg.OperationalError]]:
-    """One set of parameters per address to try, and the errors of names without one."""
+def attempts_of(
+    params: Params, resolve: Resolve | None = None
+) -> tuple[list[Params], list[psycopg.OperationalError]]:
+    """One set of parameters per address to try, and the errors of names without one.
+
+    `resolve` gives the addresses of a host name and port; by default it asks and waits.
+    """
     effective = effective_params(params)
     hosts = _hosts(params, effective)
     if hosts is None:
@@ -111,7 +120,18 @@ def attempts_of(params: Params) -> tuple[list[Params], list[psycopg.OperationalE
     attempts: list[Params] = []
     failures: list[psycopg.OperationalError] = []
     for host, port in hosts:
-        attempts += _resolved(params, host, port, failures)
+        if not is_host_name(host):
+            attempts.append({**params, "host": host, "port": port})
+            continue
+        try:
+            addresses = (resolve or look_up)(host, port)
+        except psycopg.OperationalError as failure:
+            failures.append(failure)
+            continue
+        # `host` stays: certificates and .pgpass go by the name.
+        attempts += [
+            {**params, "host": host, "hostaddr": address, "port": port} for address in addresses
+        ]
     if effective.get("load_balance_hosts") == "random":
         random.shuffle(attempts)
     if effective.get("target_session_attrs") == "prefer-standby":
@@ -133,23 +153,30 @@ def _hosts(params: Params, effective: dict[str, str]) -> list[tuple[str, str]] |
     return list(zip(hosts, ports, strict=True))
 
 
-def _resolved(
-    params: Params, host: str, port: str, failures: list[psycopg.OperationalError]
-) -> list[Params]:
-    if not host or host[0] in "/@":  # a Unix socket
-        return [{**params, "host": host, "port": port}]
+def names_of(params: Params) -> list[tuple[str, str]]:
+    """The host names, each with its port, that `attempts_of` will have resolved."""
+    hosts = _hosts(params, effective_params(params)) or []
+    return [pair for pair in dict.fromkeys(hosts) if is_host_name(pair[0])]
+
+
+def is_host_name(host: str) -> bool:
+    """Whether it is a name or an address, and not a Unix socket."""
+    return bool(host) and host[0] not in "/@"
+
+
+def look_up(host: str, port: str, flags: int = 0) -> list[str]:
+    """The addresses of a host name; asks the resolver and waits for it.
+
+    Raises:
+        psycopg.OperationalError: there is none, or no answer; the resolver's error is its cause.
+    """
     try:
-        found = socket.getaddrinfo(host, port or None, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port or None, type=socket.SOCK_STREAM, flags=flags)
     except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a label above 63 bytes
-        failure = psycopg.OperationalError(
+        raise psycopg.OperationalError(
             f"could not resolve the host name {_shown_host(host)}: {error}"
-        )
-        failure.__cause__ = error
-        failures.append(failure)
-        return []
-    # `host` stays: certificates and .pgpass go by the name.
-    addresses = dict.fromkeys(str(entry[4][0]) for entry in found)
-    return [{**params, "host": host, "hostaddr": each, "port": port} for each in addresses]
+        ) from error
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 def _shown_host(host: str) -> str:
@@ -190,7 +217,7 @@ def connect(params: Params, deadline: float) -> PGconn:
             return handle
         if monotonic() >= deadline:
             break
-    raise _merged(failures)
+    raise merged(failures)
 
 
 def share_of(params: Params, deadline: float, attempts_left: int) -> float:
@@ -210,7 +237,8 @@ def _try(attempt: Params, until: float, failures: list[psycopg.OperationalError]
         return None
 
 
-def _merged(failures: list[psycopg.OperationalError]) -> psycopg.OperationalError:
+def merged(failures: list[psycopg.OperationalError]) -> psycopg.OperationalError:
+    """One error that says what became of every address."""
     if len(failures) == 1:
         return failures[0]
     if not failures:
@@ -226,7 +254,7 @@ def connected(attempt: Params, until: float, tape: Tape | None) -> PGconn:
         psycopg.OperationalError: refused, or unreachable.
         psycopg.errors.ConnectionTimeout: not in time.
     """
-    handle = pq.PGconn.connect_start(make_conninfo("", **attempt).encode())
+    handle = start(attempt)
     # Should an interrupt strike before the `try`, the handle has no owner: psycopg's PGconn closes
     # its socket when it is freed.
     try:
@@ -248,23 +276,48 @@ def _step_recorded(handle: PGconn, attempt: Params, until: float, tape: Tape) ->
         tape.stop(handle)
 
 
+def start(attempt: Params) -> PGconn:
+    """A handle that has begun to connect, or has failed already."""
+    return pq.PGconn.connect_start(make_conninfo("", **attempt).encode())
+
+
 def _step_until_connected(handle: PGconn, attempt: Params, until: float) -> None:
-    # "behave as if the last poll said: waiting to write" (libpq docs)
-    wanted = WRITE if handle.status != pq.ConnStatus.BAD else 0
+    wanted = first_step(handle)
     while wanted:
         # The descriptor can change between steps (TLS refused, next address): ask each time.
         if not wait(handle.socket, wanted, until):
-            where = attempt.get("hostaddr") or attempt.get("host") or "the server"
-            raise psycopg.errors.ConnectionTimeout(f"no connection to {where} in time")
-        wanted = _next_step(handle.connect_poll())
-    if handle.status != pq.ConnStatus.OK:
-        raise psycopg.OperationalError(handle.get_error_message())
-    handle.nonblocking = 1
+            raise too_late(attempt)
+        wanted = next_step(handle.connect_poll())
+    check_connected(handle)
 
 
-def _next_step(status: int) -> int:
+def first_step(handle: PGconn) -> int:
+    """What a handle that was just started waits for; 0 if it has failed."""
+    # "behave as if the last poll said: waiting to write" (libpq docs)
+    return WRITE if handle.status != pq.ConnStatus.BAD else 0
+
+
+def next_step(status: int) -> int:
+    """What a poll's answer says to wait for; 0 at the end: the status tells which."""
     if status == pq.PollingStatus.READING:
         return READ
     if status == pq.PollingStatus.WRITING:
         return WRITE
-    return 0  # connected, or failed: the status tells
+    return 0
+
+
+def too_late(attempt: Params) -> psycopg.OperationalError:
+    """The error for an address that did not answer in time."""
+    where = attempt.get("hostaddr") or attempt.get("host") or "the server"
+    return psycopg.errors.ConnectionTimeout(f"no connection to {where} in time")
+
+
+def check_connected(handle: PGconn) -> None:
+    """Make the handle ready for use, after the last step.
+
+    Raises:
+        psycopg.OperationalError: it is not connected.
+    """
+    if handle.status != pq.ConnStatus.OK:
+        raise psycopg.OperationalError(handle.get_error_message())
+    handle.nonblocking = 1

@@ -25,13 +25,13 @@ from psycopg.types import TypesRegistry
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from psycopg import Connection
+    from psycopg import AsyncConnection, BaseConnection, Connection
     from psycopg.abc import Dumper, Loader
     from psycopg.pq.abc import PGconn
 
-    AnyConnection = Connection[Any]
+    AnyConnection = BaseConnection[Any]
 
-C = TypeVar("C", bound="Connection[Any]")
+C = TypeVar("C", bound="BaseConnection[Any]")
 
 GIVEN_BACK: Final = "this connection was given back to its pool; borrow another"
 INHERITED_SESSION: Final = (
@@ -127,8 +127,10 @@ def _note(conn: AnyConnection, name: str, value: object) -> None:
         touched.discard(name)
 
 
-class Watching(psycopg.Connection[Any]):
+class Watching(psycopg.BaseConnection[Any]):
     """What is put in front of a connection class: the connection notes changes of its settings.
+
+    Synchronous and asyncio connections have them in common, under the same names.
 
     It costs a query nothing: psycopg sets none of the watched attributes for a statement, and
     reading them takes the same way as before.
@@ -298,10 +300,10 @@ class Settings:
         attributes[_NOTE].clear()
 
 
-def is_inside_block(conn: AnyConnection, touched: set[str]) -> bool:
+def is_inside_block(conn: Connection[Any] | AsyncConnection[Any], touched: set[str]) -> bool:
     """Whether a transaction(), pipeline() or notifies() of this connection has not ended.
 
     The lock is held by a `notifies()` that somebody still iterates over, and by a statement under
-    way in another thread.
+    way in another thread or task.
     """
     return not _OPEN_BLOCKS.keys().isdisjoint(touched) or conn.lock.locked()

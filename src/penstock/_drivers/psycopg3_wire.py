@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _DONE = frozenset((ExecStatus.EMPTY_QUERY, ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK))
 
 # libpq repeats these for ever until somebody copies: reading on would never end.
-_COPYING = frozenset((ExecStatus.COPY_IN, ExecStatus.COPY_OUT, ExecStatus.COPY_BOTH))
+COPYING = frozenset((ExecStatus.COPY_IN, ExecStatus.COPY_OUT, ExecStatus.COPY_BOTH))
 
 
 def send(handle: PGconn, query: bytes) -> None:
@@ -52,7 +52,7 @@ def answers(handle: PGconn, fd: int, deadline: float) -> list[PGresult] | None:
         result = handle.get_result()
         if result is None:
             return results
-        if result.status in _COPYING:
+        if result.status in COPYING:
             return None
         results.append(result)
     return None

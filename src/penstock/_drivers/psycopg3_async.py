@@ -1,0 +1,383 @@
+"""The driver for psycopg 3 (3.2 and newer), asyncio connections.
+
+It must not know: pools, slots, leases, waiters, limits. Every wait of its own is for the descriptor, on
+the running loop, up to a deadline; what psycopg runs for its user is the user's to bound.
+
+A cancellation is heard at every wait, at once, and leaves the session as it is: what was sent goes on at
+the server, `activity` says ACTIVE, and the link remembers whether the reply that is to come is to
+something of its own (a COMMIT, a ROLLBACK, a reset: `tidy` reads it) or to the borrower's statement
+(`tidy` has the server cancel it first).
+
+What needs no waiting is in `psycopg3_link`, for this driver and the one for threads.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import psycopg
+from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
+
+from penstock._drivers import psycopg3_connect as connecting
+from penstock._drivers.awaiting import is_awaited
+from penstock._drivers.protocol import Diagnosis, Recipe, Reply
+from penstock._drivers.psycopg3_async_connect import connect
+from penstock._drivers.psycopg3_async_wire import cancel_on_server, driven, read_answers
+from penstock._drivers.psycopg3_diagnose import diagnose
+from penstock._drivers.psycopg3_guard import Settings
+from penstock._drivers.psycopg3_link import (
+    PgconnLink,
+    PsycopgDriver,
+    check_interval_query,
+    check_set_up,
+    connection_over,
+    settings_statement,
+)
+from penstock._drivers.psycopg3_reset import LEARN
+from penstock._drivers.psycopg3_wire import all_done, send
+from penstock._drivers.side_threads import call_aside
+from penstock._drivers.sockets import deadline_in
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from psycopg.abc import PQGen
+    from psycopg.pq.abc import PGconn, PGresult
+
+RV = TypeVar("RV")
+
+
+class AsyncPsycopg3Link(PgconnLink):
+    """One asyncio psycopg connection, used on one event loop only."""
+
+    # _heard: what came of the answer to something of ours that is under way; None: nothing is.
+    # _resetting: that is a reset, and must succeed.
+    # _asked_to_cancel: the server may not yet have acted on a request to cancel: it could hit the next.
+    __slots__ = ("_asked_to_cancel", "_heard", "_resetting")
+
+    conn: psycopg.AsyncConnection[Any]
+
+    def __init__(
+        self,
+        conn: psycopg.AsyncConnection[Any],
+        handle: PGconn,
+        touched: set[str],
+        *,
+        resets_session: bool,
+    ) -> None:
+        super().__init__(conn, handle, touched, resets_session=resets_session)
+        self._heard: list[PGresult] | None = None
+        self._resetting = False
+        self._asked_to_cancel = False
+
+    # --- one exchange of ours
+
+    def _send(self, message: bytes) -> list[PGresult]:
+        send(self.handle, message)
+        heard: list[PGresult] = []
+        self._heard = heard
+        return heard
+
+    async def _answered(self, deadline: float) -> list[PGresult] | None:
+        """Every result of what is under way; None if they are not complete in time.
+
+        Cancelled, it can be called again.
+        """
+        heard = [] if self._heard is None else self._heard
+        if not await read_answers(self.handle, self.fd, heard, deadline):
+            return None
+        self._heard = None
+        return heard
+
+    async def _ask(self, message: bytes, deadline: float) -> list[PGresult] | None:
+        self._send(message)
+        return await self._answered(deadline)
+
+    # --- with the server
+
+    async def prepare(self, seconds: float | None = None) -> None:
+        """Remember the settings as they are now as those to go back to.
+
+        With ``reset="session"`` one round trip learns what `configure` set on the server. It does not
+        see custom settings (``app.tenant``), nor are temporary tables made again.
+
+        Raises:
+            psycopg.OperationalError: the server did not answer that question, or not in time.
+        """
+        self._settings = Settings(self.conn)
+        if self._reset is not None:
+            self._learn(await self._ask(LEARN, deadline_in(seconds)))
+
+    async def execute(self, query: Any, params: Any = None) -> Reply:
+        """One statement in autocommit: one round trip. The connection must be lent.
+
+        Of several statements in one string the answer to the first is returned, which is what a
+        psycopg cursor shows first; an error in any of them raises. Cancelled, it ends at once, and
+        the statement goes on at the server until `tidy`.
+
+        Raises:
+            psycopg.ProgrammingError: a transaction is open.
+            psycopg.Error: whatever the statement raises.
+        """
+        self._refuse_if_busy("execute in autocommit")
+        attributes = self.attributes
+        autocommit = attributes["_autocommit"]
+        try:
+            attributes["_autocommit"] = True
+            attributes["wait"] = self._wait
+            return await _detached(await self.conn.execute(query, params))
+        finally:
+            attributes["_autocommit"] = autocommit
+            del attributes["wait"]
+
+    async def _wait(
+        self,
+        generator: PQGen[RV],
+        interval: float = 0.0,  # noqa: ARG002  psycopg's signature
+        timeout: float | None = None,  # noqa: ARG002, ASYNC109  psycopg's signature
+    ) -> RV:
+        """Stand in for the connection's `wait`: hear a cancellation at once."""
+        return await driven(generator, self.fd)
+
+    async def begin(self) -> None:
+        """See to it that this borrow is not in autocommit: psycopg then begins by itself."""
+        if self.handle.transaction_status == TransactionStatus.IDLE:
+            self.set_autocommit(False)
+
+    async def apply_settings(self, settings: Mapping[str, Any]) -> None:
+        """Set run-time parameters for the transaction, which this begins if none is open.
+
+        One round trip, two if it begins the transaction. The connection must be lent. A value of
+        None means the parameter's default.
+
+        Raises:
+            psycopg.Error: the server refused one; none is set, and the transaction has failed.
+        """
+        if not settings:
+            return
+        conn = self.conn
+        attributes = self.attributes
+        try:
+            attributes["wait"] = self._wait
+            if begin := self._begin_first():
+                await conn.execute(begin)
+            # psycopg's own cursor: the user's may have other placeholders.
+            async with psycopg.AsyncCursor(conn) as cursor:
+                await cursor.execute(*settings_statement(settings), prepare=False)
+        finally:
+            del attributes["wait"]
+
+    async def commit(self) -> None:
+        """Commit if a transaction is open. The connection must be lent.
+
+        COMMIT is sent before the first wait. Cancelled, it goes on at the server, and `tidy` reads the
+        answer. (What psycopg must do itself, it does: in pipeline mode, and where it refuses.)
+
+        Raises:
+            psycopg.Error: the server's, or the session broke and took a transaction with it.
+        """
+        if self._has_nothing_to_commit():
+            return
+        conn = self.conn
+        attributes = self.attributes
+        if (
+            attributes["_num_transactions"]
+            or attributes["_tpc"]
+            or attributes["_pipeline"]
+            or type(conn).commit is not psycopg.AsyncConnection.commit
+        ):
+            await conn.commit()
+            return
+        async with conn.lock:  # waits only for a statement of another task, as psycopg does
+            conn._check_connection_ok()  # noqa: SLF001
+            if self.handle.transaction_status != TransactionStatus.IDLE:
+                await self._commit()
+
+    async def _commit(self) -> None:
+        heard = self._send(b"COMMIT")
+        try:
+            await self._answered(inf)
+        except psycopg.OperationalError:
+            _raise_first(self.handle, heard)  # what the server said before it hung up
+            raise
+        _raise_first(self.handle, heard)
+
+    async def tidy(self, seconds: float | None) -> bool:
+        """Read what is pending, roll back, restore client-side settings; within `seconds`.
+
+        A reply to a statement of the borrower is not waited for: the server is asked to cancel it. False,
+        and the link is good for `discard` only: broken, not in time, a COPY under way, somebody is
+        still inside a ``transaction()``, ``pipeline()`` or ``notifies()`` of it or waits on it in
+        another task.
+        """
+        if self._asked_to_cancel or self._is_inside_block() or is_awaited(self.fd):
+            return False
+        deadline = deadline_in(seconds)
+        try:
+            return (
+                await self._has_read(deadline)
+                and await self._left_pipeline(deadline)
+                and await self._rolled_back(deadline)
+                and self._settle()
+            )
+        except psycopg.Error:
+            return False
+
+    async def _has_read(self, deadline: float) -> bool:
+        """Whether nothing is pending any more, and a reset that was has succeeded."""
+        handle = self.handle
+        if handle.transaction_status != TransactionStatus.ACTIVE:
+            return True
+        if self._heard is None and not await self._cancelled(deadline):
+            return False
+        if handle.pipeline_status != PipelineStatus.OFF:
+            return True  # leaving it reads on
+        self._heard = self._heard or []
+        results = await self._answered(deadline)
+        if results is None:
+            return False
+        if not self._resetting:
+            return True
+        self._resetting = False
+        self._forget_notifications()
+        return all_done(results)
+
+    async def _cancelled(self, deadline: float) -> bool:
+        self._asked_to_cancel = True
+        if await cancel_on_server(self.handle, deadline):
+            self._asked_to_cancel = False
+        return not self._asked_to_cancel
+
+    async def _left_pipeline(self, deadline: float) -> bool:
+        handle = self.handle
+        if handle.pipeline_status == PipelineStatus.OFF:
+            return True
+        handle.pipeline_sync()
+        # Results come one per get_result(), each statement's ended by a None, up to the sync's.
+        for _ in range(10_000):
+            self._heard = []
+            results = await self._answered(deadline)
+            if results is None:
+                return False
+            if any(result.status == ExecStatus.PIPELINE_SYNC for result in results):
+                break
+        handle.exit_pipeline_mode()
+        return True
+
+    async def _rolled_back(self, deadline: float) -> bool:
+        status = self.handle.transaction_status
+        if status == TransactionStatus.IDLE:
+            return True
+        if status not in (TransactionStatus.INTRANS, TransactionStatus.INERROR):
+            return False
+        return all_done(await self._ask(self._rollback(), deadline))
+
+    async def ping(self, seconds: float | None) -> bool:
+        """One round trip with an empty query. False if dead or not answered in time."""
+        try:
+            return all_done(await self._ask(b"", deadline_in(seconds)))
+        except psycopg.Error:
+            return False
+
+    def start_reset(self) -> bool:
+        """Send the session reset without waiting. False: could not; discard."""
+        if not super().start_reset():
+            return False
+        self._heard = []
+        self._resetting = True
+        return True
+
+    async def finish_reset(self, seconds: float | None) -> bool:
+        """Read the answer to `start_reset`. False: not clean, or not in time; discard."""
+        try:
+            self.handle.consume_input()
+            if not all_done(await self._answered(deadline_in(seconds))):
+                return False
+        except psycopg.Error:
+            return False
+        self._resetting = False
+        self._forget_notifications()
+        return self._settle()
+
+    # --- the end
+
+    def on_end(self, tell: Callable[[], object]) -> bool:  # noqa: ARG002
+        """Say False: psycopg does not tell; the pool watches `fd`."""
+        return False
+
+    async def close(self) -> None:
+        """End the session politely. Never raises, never waits: the handle is non-blocking."""
+        is_awaited(self.fd)  # a loop that still knows the number would fail with its next owner
+        self._finish()
+
+
+def _raise_first(handle: PGconn, results: list[PGresult]) -> None:
+    """Raise the first error among the results."""
+    for result in results:
+        if result.status == ExecStatus.FATAL_ERROR:
+            raise psycopg.errors.error_from_result(result, encoding=handle._encoding)  # noqa: SLF001
+
+
+async def _detached(cursor: psycopg.AsyncCursor[Any]) -> Reply:
+    description = cursor.description
+    reply = Reply(
+        rows=None if description is None else await cursor.fetchall(),
+        rowcount=cursor.rowcount,
+        description=description,
+        statusmessage=cursor.statusmessage,
+    )
+    await cursor.close()
+    return reply
+
+
+class AsyncPsycopg3Driver(PsycopgDriver):
+    """psycopg 3 for asyncio, as penstock sees it."""
+
+    async def open(self, recipe: Recipe, seconds: float | None) -> AsyncPsycopg3Link:
+        """Connect within `seconds`, name look-up included; the link is lent.
+
+        The connection is what ``connection_class.connect()`` would make of the same arguments,
+        except that this class method is not called, so that one overridden there is not heard.
+        Cancelled, it leaves nothing behind but a daemon thread, where a resolver does not answer.
+
+        Raises:
+            psycopg.OperationalError: no connection; the text has the server's or libpq's words.
+            psycopg.errors.ConnectionTimeout: not in time.
+            psycopg.ProgrammingError: the connection string or an option is wrong.
+        """
+        deadline = deadline_in(seconds)
+        handle = await connect(connecting.connection_params(recipe), deadline)
+        try:
+            return await _linked(handle, recipe, deadline)
+        except BaseException:
+            handle.finish()
+            raise
+
+    async def diagnose(
+        self, error: BaseException, recipe: Recipe, seconds: float | None
+    ) -> Diagnosis:
+        """Tell why `open` raised `error`; may make one more attempt to learn the server's code.
+
+        The attempt is made in a daemon thread.
+        """
+        try:
+            return await call_aside(
+                None, lambda: diagnose(error, recipe, seconds), deadline_in(seconds)
+            )
+        except TimeoutError:
+            text = " ".join(str(error).split()) or type(error).__name__
+            return Diagnosis(sqlstate=None, heals=True, text=text)
+
+
+async def _linked(handle: PGconn, recipe: Recipe, deadline: float) -> AsyncPsycopg3Link:
+    """Build the connection as psycopg's `connect()` would, and set the session up."""
+    conn, touched = connection_over(handle, recipe, psycopg.AsyncConnection)
+    link = AsyncPsycopg3Link(conn, handle, touched, resets_session=recipe.reset == "session")
+    query = check_interval_query(handle, recipe.server_check_interval)
+    if query is not None:
+        check_set_up(handle, await link._ask(query, deadline))  # noqa: SLF001
+    return link
+
+
+driver: Final = AsyncPsycopg3Driver()

@@ -1,0 +1,89 @@
+"""Connecting through libpq on an event loop, with an exact deadline, and cancellable everywhere.
+
+The steps are those of `psycopg3_connect`; here are the waits. Names are looked up in daemon threads,
+because nothing can end a look-up from outside: the waiting for it ends at the deadline, or when it is
+cancelled, and the thread goes on by itself.
+
+It must not know: connections (it makes libpq handles), links, settings of sessions, why a server
+refuses.
+"""
+
+from __future__ import annotations
+
+import socket
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import psycopg
+
+from penstock._drivers import psycopg3_connect as connecting
+from penstock._drivers.awaiting import wait
+from penstock._drivers.side_threads import call_aside
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGconn
+
+    from penstock._drivers.psycopg3_connect import Params
+
+
+async def connect(params: Params, deadline: float) -> PGconn:
+    """A connected, non-blocking libpq handle, as `psycopg3_connect.connect` makes it.
+
+    Raises:
+        psycopg.OperationalError: no address worked; the text has the server's or libpq's words.
+        psycopg.errors.ConnectionTimeout: not in time, or a name was not resolved in time.
+    """
+    found = {pair: await _addresses(*pair, deadline) for pair in connecting.names_of(params)}
+
+    def resolve(host: str, port: str) -> list[str]:
+        outcome = found[host, port]
+        if isinstance(outcome, psycopg.OperationalError):
+            raise outcome
+        return outcome
+
+    attempts, failures = connecting.attempts_of(params, resolve)
+    for index, attempt in enumerate(attempts):
+        until = connecting.share_of(params, deadline, len(attempts) - index)
+        try:
+            return await _connected(attempt, until)
+        except psycopg.OperationalError as error:
+            failures.append(error)
+        if monotonic() >= deadline:
+            break
+    raise connecting.merged(failures)
+
+
+async def _addresses(host: str, port: str, deadline: float) -> list[str] | psycopg.OperationalError:
+    try:
+        # An address in figures needs nobody's help.
+        return connecting.look_up(host, port, flags=socket.AI_NUMERICHOST)
+    except psycopg.OperationalError:
+        pass
+    try:
+        look_up = partial(connecting.look_up, host, port)
+        return await call_aside(("look up", host, port), look_up, deadline)
+    except psycopg.OperationalError as error:
+        return error
+    except TimeoutError:
+        return psycopg.errors.ConnectionTimeout("the host name was not resolved in time")
+
+
+async def _connected(attempt: Params, until: float) -> PGconn:
+    handle = connecting.start(attempt)
+    try:
+        await _step_until_connected(handle, attempt, until)
+    except BaseException:
+        handle.finish()
+        raise
+    return handle
+
+
+async def _step_until_connected(handle: PGconn, attempt: Params, until: float) -> None:
+    wanted = connecting.first_step(handle)
+    while wanted:
+        # The descriptor can change between steps: ask each time.
+        if not await wait(handle.socket, wanted, until):
+            raise connecting.too_late(attempt)
+        wanted = connecting.next_step(handle.connect_poll())
+    connecting.check_connected(handle)
