@@ -38,7 +38,7 @@ FLOORS = (
         "dedicated",
         "alarm",
         "with_blocks",
-        *("async_lease", "async_borrowing", "async_upkeep", "async_opening", "hub", "loops"),
+        *("async_lease", "async_borrowing", "async_upkeep", "async_opening", "hub", "loops", "task_reports"),
     },
     {"pools"},
     {"integrations", "compat", "observe"},

@@ -6,6 +6,8 @@
 ...     conn.execute("update ...")
 """
 
+from typing import TYPE_CHECKING
+
 from penstock._drivers import DriverNotFoundError
 from penstock._machine.tally import Stats
 from penstock.config import PoolConfig
@@ -26,7 +28,13 @@ from penstock.reports import Health
 from penstock.result import Result
 from penstock.threads import ConnectionPool
 
+if TYPE_CHECKING:
+    from penstock.aio import AsyncConnectionPool
+    from penstock.async_lease import AsyncLease
+
 __all__ = [
+    "AsyncConnectionPool",
+    "AsyncLease",
     "ConfigError",
     "ConnectionPool",
     "Counts",
@@ -45,3 +53,21 @@ __all__ = [
     "Stats",
     "TooManyRequests",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # asyncio is imported by those who use it: it takes 30 ms, and loads what gevent would rather
+    # patch first.
+    if name == "AsyncConnectionPool":
+        from penstock.aio import AsyncConnectionPool  # noqa: PLC0415
+
+        return AsyncConnectionPool
+    if name == "AsyncLease":
+        from penstock.async_lease import AsyncLease  # noqa: PLC0415
+
+        return AsyncLease
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -234,14 +234,17 @@ class Reporter:
         if now - at < REPORT_EVERY:
             return known
         holds = [_hold(slot, now) for slot in self._machine.slots() if _is_lent(slot)]
-        found = tuple(holder_report(holds))
+        found = tuple(self._report(holds))
         self._holders = (now, found)
         return found
 
     def holder_of(self, slot: Slot) -> Holder | None:
         """Where this slot's holder stands now."""
-        found = holder_report([_hold(slot, clock())])
+        found = self._report([_hold(slot, clock())])
         return found[0] if found else None
+
+    def _report(self, holds: list[Hold]) -> list[Holder]:
+        return holder_report(holds)
 
 
 def _is_lent(slot: Slot) -> bool:

@@ -125,7 +125,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
 
     def _set_up(self, config: PoolConfig) -> None:
         self._config = config
-        self.name: str = config.name or f"pool-{next(_names)}"
+        self.name: str = config.name or next_name()
         self._driver = (
             _drivers.load(config.driver) if isinstance(config.driver, str) else config.driver
         )
@@ -439,7 +439,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         failures = [
             failure
             for link, busy in self._machine.inherited() + dedicated
-            if (failure := _abandon(link, busy=busy)) is not None
+            if (failure := abandon(link, busy=busy)) is not None
         ]
         self._machine.forked()
         self._getconns = {}
@@ -457,6 +457,11 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         opening = Opening(self._opener, seconds)
         keeper.current().submit(opening.run)
         return opening.wait(self._reporter)
+
+
+def next_name() -> str:
+    """What a pool is called that was given no name."""
+    return f"pool-{next(_names)}"
 
 
 def _has_global_lock() -> bool:
@@ -484,7 +489,7 @@ def _from_config(cls: type[ConnectionPool[Any]], config: PoolConfig) -> Connecti
     return cls.from_config(config)
 
 
-def _abandon(link: Any, *, busy: bool) -> Exception | None:
+def abandon(link: Any, *, busy: bool) -> Exception | None:
     """Let go of one inherited link; one that cannot be must not keep the others."""
     try:
         link.abandon(busy=busy)

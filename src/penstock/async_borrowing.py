@@ -1,0 +1,502 @@
+"""The slow half of a borrow on asyncio: waiting for a slot, making sure of it, giving it back unclean.
+
+One job: everything between a borrower and the machine that is not the hot path (`async_lease.py`).
+`borrowing.py`'s sister, with awaits.
+
+It must not know: how connections are opened and closed (`async_upkeep.py`), when to grow and whom to
+serve (the machine).
+
+No lock: state moves are plain calls. A cancellation arrives at an await, and only there:
+
+* of a borrower who waits: he leaves the queue, and an untouched slot goes to the next in line;
+* of one who makes sure of a slot (a ping, a reset's answer, the user's `check`): its answer is still
+  to come, so the connection ends and is replaced;
+* while something is given back: a task of the pool's own finishes that, and the borrower leaves at
+  once. So does one who is cancelled inside his block: he does not wait for a rollback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import sys
+from typing import TYPE_CHECKING, Any
+
+from penstock import fork, watch
+from penstock._drivers.protocol import Activity
+from penstock._machine.machine import Phase, Refusal, Verdict, Waiter
+from penstock._machine.policy import retry_delay
+from penstock._machine.slot import Slot, SlotState
+from penstock.async_opening import called
+from penstock.async_upkeep import AsyncUpkeep
+from penstock.borrowing import (
+    FOREVER,
+    LEAST_PING_SECONDS,
+    PING_SECONDS,
+    PING_SHARE,
+    TIDY_SECONDS,
+    GivenBack,
+    explain_by,
+    first_of_caller,
+    is_on_stack,
+    notice_fork,
+)
+from penstock.clock import clock
+from penstock.errors import ConfigError, PenstockError
+from penstock.upkeep import LONGEST_SLEEP
+from penstock.with_blocks import is_inside_with
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_log = logging.getLogger("penstock")
+
+
+class Gate:
+    """Where one task waits until it is let through; opening it twice is as good as once."""
+
+    __slots__ = ("_future", "_loop", "_open")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._open = False
+        self._future: asyncio.Future[None] | None = None
+
+    def open(self) -> None:
+        """Let the task through, now or when it comes."""
+        self._open = True
+        future = self._future
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    async def wait(self, seconds: float) -> None:
+        """Wait until it opens, or so long."""
+        if not self._open:
+            await self._sleep(seconds)
+        self._open = False
+
+    async def _sleep(self, seconds: float) -> None:
+        self._future = self._loop.create_future()
+        timer = self._loop.call_later(min(seconds, LONGEST_SLEEP), self.open)
+        try:
+            await self._future
+        finally:
+            timer.cancel()
+            self._future = None
+
+
+class AsyncBorrowing(AsyncUpkeep):
+    """What a borrower meets when no fit connection is idle, or when he gives back an unclean one."""
+
+    _driver: Any
+    _timeout: float
+
+    # -- a borrow that finds nothing idle ---------------------------------------------------------
+
+    async def _borrow_slowly(self, timeout: float | None = None) -> Slot:
+        """A slot that may be used as it is, in use by the running task; or an error."""
+        notice_fork()
+        seconds = self._seconds(timeout)
+        loop = self._loop_to_borrow_on()
+        task = asyncio.current_task(loop)
+        gate = Gate(loop)
+        waiter = Waiter(0 if task is None else id(task), gate.open)
+        try:
+            self._queue_up(waiter)
+            return await self._wait(waiter, gate, seconds)
+        except BaseException:
+            self._leave_queue(waiter)
+            raise
+
+    def _loop_to_borrow_on(self) -> asyncio.AbstractEventLoop:
+        """The running loop, if it is the pool's; the first borrow of all opens the pool on it."""
+        if self._loop is not None:
+            return self._join_loop()
+        if self._machine.phase is Phase.CLOSED or not (
+            self._config.open or self._machine.phase is Phase.OPEN
+        ):
+            raise self._reporter.closed()
+        loop = self._join_loop()
+        self._open()
+        return loop
+
+    def _queue_up(self, waiter: Waiter) -> None:
+        self._bring_orphans_home()
+        self._carry_out(self._machine.queue_up(waiter, clock()))
+        if waiter.refusal is Refusal.DEADLOCK and not self._holds_visibly(waiter.owner):
+            # Another task may end what this one has begun, or it has the number of a task that is
+            # gone: it may wait.
+            waiter.owner, waiter.refusal = 0, None
+            self._carry_out(self._machine.queue_up(waiter, clock()))
+
+    def _holds_visibly(self, me: int) -> bool:
+        """Whether the running task is seen to hold a connection that it took."""
+        if is_inside_with(first_of_caller(sys._getframe())):
+            return True
+        mine = {
+            id(slot.link.conn) for slot in self._machine.slots() if slot.holder == me and slot.link
+        }
+        return is_on_stack(mine, sys._getframe())
+
+    async def _wait(self, waiter: Waiter, gate: Gate, seconds: float) -> Slot:
+        began = clock()
+        while True:
+            slot = await self._receive(waiter, gate, seconds, began)
+            if await self._accept(slot, waiter, began + seconds - clock()):
+                return slot
+            del slot
+
+    async def _receive(self, waiter: Waiter, gate: Gate, seconds: float, began: float) -> Slot:
+        """What was given to the waiter, as soon as something is; raises when nothing is."""
+        while waiter.slot is None and waiter.refusal is None:
+            left = began + seconds - clock()
+            if left <= 0:
+                break
+            await gate.wait(left)
+        slot, waiter.slot = waiter.slot, None
+        if slot is not None:
+            return slot
+        if waiter.refusal is None:
+            self._carry_out(self._machine.give_up(waiter, clock(), timed_out=True))
+        raise self._reporter.error(waiter.refusal, seconds, clock() - began)
+
+    def _leave_queue(self, waiter: Waiter) -> None:
+        """An exception passes: leave the queue. What was given and not touched goes to the next."""
+        if waiter.ticket:
+            self._carry_out(self._machine.give_up(waiter, clock(), timed_out=False))
+
+    async def _accept(self, slot: Slot, waiter: Waiter, left: float) -> bool:
+        """Whether the slot that was given may be used; if not, the waiter is in the queue again.
+
+        Between being given and being received it may have fallen into doubt: its session ended, the
+        pool was drained.
+        """
+        while True:
+            if slot.state is SlotState.PINGING and not await self._make_sure(slot, waiter, left):
+                return False
+            if slot.epoch != self._machine.epoch:
+                self._carry_out(self._machine.reconsider(slot, waiter, clock()))
+            if slot.state is not SlotState.PINGING:  # else it fell into doubt during its ping
+                return slot.state is SlotState.IN_USE
+
+    async def _make_sure(self, slot: Slot, waiter: Waiter, left: float) -> bool:
+        """Ping a slot that is in doubt, or read the answer to its reset; the borrower's own time."""
+        seconds = max(LEAST_PING_SECONDS, min(PING_SECONDS, left * PING_SHARE))
+        try:
+            if slot.reset_pending:
+                slot.reset_pending = False
+                alive = await slot.link.finish_reset(seconds)
+            else:
+                alive = await slot.link.ping(seconds)
+        except BaseException:
+            self._return(slot, Verdict.UNCLEAN)
+            raise
+        if alive:
+            self._carry_out(self._machine.pinged(slot, clock()))
+        else:
+            self._carry_out(self._machine.ping_failed(slot, waiter, clock()))
+        return bool(alive)
+
+    # -- a borrow with options --------------------------------------------------------------------
+
+    async def _borrow_carefully(
+        self,
+        timeout: float | None,
+        autocommit: bool | None,
+        settings: Mapping[str, Any] | None,
+        *,
+        transaction: bool,
+    ) -> Slot:
+        in_autocommit = self._config.autocommit if autocommit is None else autocommit
+        if in_autocommit and (settings or transaction):
+            what = "settings=" if settings else "transaction=True"
+            raise self._reporter.misuse(
+                f"{what} was asked for with autocommit: there is no transaction to hold it",
+                "leave autocommit off for this borrow",
+            )
+        seconds = self._seconds(timeout)
+        deadline = clock() + seconds
+        slot = await self._borrow_checked(seconds, deadline)
+        try:
+            await self._equip(slot.link, autocommit, settings, deadline, transaction=transaction)
+        except BaseException as error:
+            place = [slot]
+            del slot
+            await self._give_back(place, error)
+            raise
+        return slot
+
+    async def _borrow_checked(self, seconds: float, deadline: float) -> Slot:
+        """A slot for which `check` does not raise; a refused one is closed, and another one taken."""
+        began = clock()
+        left, fresh = seconds, 0
+        refusal: Exception | None = None
+        while True:
+            slot = await self._take_or_wait(left, seconds, refusal)
+            refusal = await self._check(slot, deadline)
+            if refusal is None:
+                return slot
+            # That an old connection is refused says nothing; a new one is like a failed connect.
+            fresh += slot.opened_at >= began
+            del slot
+            left = max(0.0, deadline - clock())
+            if fresh:
+                await asyncio.sleep(min(left, _pause(fresh, clock() - began)))
+
+    async def _take_or_wait(self, left: float, seconds: float, refusal: Exception | None) -> Slot:
+        slot = None
+        if fork.page[0] and asyncio.get_running_loop() is self._loop:
+            task = asyncio.current_task(self._loop)
+            slot = self._machine.take(clock(), 0 if task is None else id(task))
+        if slot is None:
+            try:
+                slot = await self._borrow_slowly(left)
+            except PenstockError as error:
+                explain_by(error, refusal, seconds)
+                raise
+        slot.link.lend()
+        return slot
+
+    async def _check(self, slot: Slot, deadline: float) -> Exception | None:
+        """Why not to lend it: it hung up, or the user's `check` raised; then it is closed."""
+        link = slot.link
+        if not watch.available() and link.hung_up():
+            link.park()
+            self._return(slot, Verdict.BROKEN)
+            return self._too_late("the server ended the session")
+        check = self._config.check
+        if check is None:
+            return None
+        try:
+            refusal = await self._call(check, link, deadline - clock(), "check=")
+        except BaseException:
+            link.park()
+            self._return(slot, Verdict.UNCLEAN)
+            raise
+        if refusal is not None:
+            link.park()
+            self._return(slot, Verdict.UNCLEAN)
+        return refusal
+
+    async def _equip(
+        self,
+        link: Any,
+        autocommit: bool | None,
+        settings: Mapping[str, Any] | None,
+        deadline: float,
+        *,
+        transaction: bool,
+    ) -> None:
+        if autocommit is not None:
+            link.set_autocommit(autocommit)
+        on_borrow = self._config.on_borrow
+        if on_borrow is None and not settings and not transaction:
+            return
+        try:
+            async with asyncio.timeout(max(LEAST_PING_SECONDS, deadline - clock())) as limit:
+                if on_borrow is not None:
+                    await called(on_borrow, link.conn)
+                if transaction:
+                    await link.begin()
+                if settings:
+                    await link.apply_settings(settings)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            text = "on_borrow=, settings= or transaction= took longer than the borrower's timeout"
+            raise self._too_late(text) from None
+
+    async def _call(
+        self, call: Callable[[Any], object], link: Any, seconds: float, what: str
+    ) -> Exception | None:
+        """Run the user's code on a connection, within a time; give what it raised."""
+        limit = None
+        try:
+            async with asyncio.timeout(max(LEAST_PING_SECONDS, seconds)) as limit:
+                await called(call, link.conn)
+        except Exception as error:  # noqa: BLE001  raising is how it says no
+            if limit is not None and limit.expired():
+                return self._too_late(f"{what} took longer than its time")
+            return error.with_traceback(None)
+        return None
+
+    def _too_late(self, text: str) -> Exception:
+        error: Exception = self._driver.operational_error(text)
+        return error
+
+    # -- giving back what is not simply clean -----------------------------------------------------
+
+    async def _give_back(self, place: list[Slot], error: BaseException | None) -> None:
+        """End the transaction and bring the slot in this place back, whatever state it is in.
+
+        `error` is what leaves the block; None commits. Raises what the commit raises, after the
+        slot has gone back. Cancelled, or leaving by a cancellation, it goes on in the background.
+        """
+        notice_fork()
+        if not self._machine.has(place[0]):
+            return  # lent before a fork: what it began is the parent's to end
+        failure: Exception | None = None
+        try:
+            if error is None:
+                failure = await self._commit(place[0])
+            if not _may_wait(error) and not self._is_at_rest(place[0]):
+                self._finish_later(place)
+                return
+            verdict = await self._verdict(place[0])
+        except BaseException:
+            self._finish_later(place)
+            raise
+        self._return(place.pop(), verdict, suspect=self._is_suspect(error or failure))
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # it holds this frame, and this frame held it
+
+    def _is_at_rest(self, slot: Slot) -> bool:
+        """Whether nothing need be waited for before others may have it."""
+        return bool(slot.link.park()) and not callable(self._config.reset)
+
+    def _finish_later(self, place: list[Slot]) -> None:
+        """Nobody waits for this any more: bring the slot back in a task of the pool's own."""
+        if place and not self._spawn(self._finish(place)):
+            self._return(place.pop(), Verdict.UNCLEAN)
+
+    async def _finish(self, place: list[Slot]) -> None:
+        await asyncio.sleep(0)  # a loop may run a new task at once, in the middle of our caller
+        verdict = Verdict.UNCLEAN
+        try:
+            verdict = await self._verdict(place[0])
+        finally:
+            self._return(place.pop(), verdict)
+
+    async def _give_back_unfinished(self, place: list[Slot]) -> None:
+        """putconn() of a connection that is not simply clean: roll back, and say so."""
+        activity = place[0].link.activity()
+        if activity not in {Activity.IDLE, Activity.BROKEN}:
+            _log.warning(
+                "pool %r: a connection was given back %s: rolled back. Commit, or use "
+                "`async with pool.connection()`.",
+                self.name,
+                activity.value,
+            )
+        await self._give_back(place, GivenBack())
+
+    async def _commit(self, slot: Slot) -> Exception | None:
+        link = slot.link
+        if link.activity() in {Activity.IDLE, Activity.ACTIVE}:
+            return None
+        link.park()  # a plain lease has parked it already, a careful one has not
+        link.lend()
+        try:
+            await link.commit()
+        except Exception as error:  # noqa: BLE001  raised by the caller once the slot is back
+            return error.with_traceback(None)
+        if link.activity() in {Activity.IN_TRANSACTION, Activity.IN_FAILED_TRANSACTION}:
+            _log.warning(
+                "pool %r: a transaction was left open that the pool had not begun: rolled back. "
+                "Commit it, or use `pool.connection(transaction=True)`.",
+                self.name,
+            )
+        return None
+
+    async def _verdict(self, slot: Slot) -> Verdict:
+        link = slot.link
+        clean = link.park()
+        if link.activity() is Activity.BROKEN:
+            return Verdict.BROKEN
+        reset = self._config.reset
+        if not clean:
+            clean = reset is not None and await link.tidy(TIDY_SECONDS)
+        if clean and reset == "session":
+            clean = slot.reset_pending = link.start_reset()
+        elif clean and callable(reset):
+            clean = await self._call_reset(reset, link)
+        if not clean and link.activity() is Activity.ACTIVE:
+            _log.warning(
+                "pool %r: a connection was given back while a statement was under way: closed",
+                self.name,
+            )
+        return Verdict.CLEAN if clean else Verdict.UNCLEAN
+
+    async def _call_reset(self, reset: Callable[[Any], object], link: Any) -> bool:
+        link.lend()
+        try:
+            refusal = await self._call(reset, link, TIDY_SECONDS, "reset=")
+        finally:
+            clean = link.park()
+        if refusal is not None:
+            _log.error(
+                "pool %r: reset= raised; the connection is closed", self.name, exc_info=refusal
+            )
+        return bool(clean) and refusal is None
+
+    def _is_suspect(self, error: BaseException | None) -> bool:
+        """Whether `error` says that other sessions are not to be trusted either."""
+        return error is not None and bool(
+            self._driver.ends_session(error, read_write=self._config.read_write)
+        )
+
+    def _return(self, slot: Slot, verdict: Verdict, *, suspect: bool = False) -> None:
+        if suspect and verdict is Verdict.CLEAN:
+            verdict = Verdict.BROKEN  # a session that is read-only after a failover still answers
+        self._carry_out(self._machine.returned(slot, clock(), verdict, suspect=suspect))
+
+    def _cut_short(self) -> None:
+        """In a guard: a move may have been cut in two by a signal; the tick repeats what is left.
+
+        An Exception, and a cancellation, arrive where a move has come to its end.
+        """
+        if isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)) and self._loop is not None:
+            self._call_at(clock())
+
+    # -- waiting for the pool as a whole ----------------------------------------------------------
+
+    def _open(self) -> None:
+        if self._machine.phase is Phase.OPEN:
+            return
+        self._reporter.opened_at = clock()
+        self._reporter.closed_at = None
+        self._move(self._machine.open)
+
+    async def _wait_until(self, condition: Callable[[], bool], deadline: float) -> bool:
+        """Look at `condition` after each connection that was opened, closed or given up."""
+        gate = Gate(asyncio.get_running_loop())
+        self._onlookers.append(gate.open)
+        try:
+            while not condition():
+                left = deadline - clock()
+                if left <= 0:
+                    return False
+                await gate.wait(left)
+        finally:
+            self._onlookers.remove(gate.open)
+        return True
+
+    # -- small things -----------------------------------------------------------------------------
+
+    def _seconds(self, timeout: float | None) -> float:
+        if timeout is None:
+            return self._timeout
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise ConfigError(
+                "timeout", repr(timeout), "a number of seconds or None", pool=self.name
+            )
+        return max(0.0, timeout)
+
+
+def _may_wait(error: BaseException | None) -> bool:
+    """Whether whoever leaves by this error may be kept waiting: not one who is cancelled.
+
+    And a coroutine that is being closed (GeneratorExit) must not await at all.
+    """
+    return error is None or isinstance(error, Exception)
+
+
+def _pause(refused: int, seconds: float) -> float:
+    """Between new connections that the user's check refuses, as between failed connects."""
+    return retry_delay(refused, seconds, waited_for=True, sqlstate=None, random=random.random())
+
+
+__all__ = ["FOREVER", "AsyncBorrowing", "Gate"]

@@ -1,0 +1,424 @@
+"""The half of an asyncio pool that works in the background: it carries out orders.
+
+One job: open and close connections as the machine orders, have the loop look after them, tick,
+bring orphaned slots home, and say in the log what people should know. `upkeep.py`'s sister: where
+that one has the keeper's thread and its workers, this one has tasks and timers of the loop.
+
+It must not know: who waits for what, how a connection is given back, what the user called.
+
+No lock: state moves are plain calls on the loop's thread, so that a cancellation can only arrive
+between them. What may arrive from elsewhere (the end of a slot, in the garbage collector) goes into
+`_orphans`, whose `append` is one call of C, and the loop is woken.
+
+Tasks. What has to be awaited runs in tasks of the pool's own, with an empty context. When the loop
+ends they are cancelled like all others: a slot that such a task holds comes home by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+from collections import deque
+from functools import partial
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, Final
+
+from penstock import loops, watch
+from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TickAt
+from penstock._machine.slot import Reason, Slot, SlotRef
+from penstock.async_opening import called
+from penstock.clock import clock
+from penstock.opening import CONNECT_SECONDS, Failure
+from penstock.upkeep import LONGEST_SLEEP
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Coroutine
+    from weakref import ref
+
+    from penstock._machine.machine import Machine
+    from penstock.async_opening import AsyncOpener
+    from penstock.config import PoolConfig
+    from penstock.errors import PenstockError
+    from penstock.reports import Reporter
+
+#: Connections being opened at the same time, per pool; as the keeper's (`keeper.py`) per process.
+CONNECT_CONCURRENCY: Final = 16
+
+_log = logging.getLogger("penstock")
+
+
+class AsyncUpkeep:
+    """What goes on in the background of a pool."""
+
+    name: str
+    _config: PoolConfig
+    _machine: Machine
+    _opener: AsyncOpener
+    _reporter: Reporter
+    _getconns: dict[int, Slot]
+    _home: ref[Any]  # to itself: what waits for time to pass must not keep the pool alive
+
+    def _begin_upkeep(self) -> None:
+        """Nothing under way yet: when the pool is made, and in a forked child."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0  # the loop's; read on the hot path
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._end: AsyncGenerator[None, None] | None = None
+        self._ending = False
+        self._orphans: deque[SlotRef] = deque()
+        self._onlookers: list[Callable[[], object]] = []
+        self._connecting = asyncio.Semaphore(CONNECT_CONCURRENCY)
+
+    # -- its loop ---------------------------------------------------------------------------------
+
+    def _join_loop(self) -> asyncio.AbstractEventLoop:
+        """The running loop, which the pool belongs to from the first call on.
+
+        Raises:
+            MisuseError: it belongs to another one, or to one that has ended.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            self._thread = get_ident()
+            self._connecting = asyncio.Semaphore(CONNECT_CONCURRENCY)
+            self._end = loops.at_end(partial(_loop_ends, self._home))
+        elif self._loop is not loop:
+            raise self._of_another_loop(self._loop)
+        return loop
+
+    def _of_another_loop(self, loop: asyncio.AbstractEventLoop) -> PenstockError:
+        if self._ending or loop.is_closed():
+            return self._reporter.misuse(
+                "the event loop that this pool belongs to has ended, and the pool was not closed",
+                "`await pool.close()` before its loop ends, or use `async with pool:`; then it can "
+                "be opened again on another loop",
+            )
+        return self._reporter.misuse(
+            "this pool belongs to another event loop than the one that runs here",
+            "make one pool per event loop, or close it there before it is used here",
+        )
+
+    async def _leave_loop(self) -> None:
+        """The pool belongs to no loop any more; another may have it."""
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        end, self._end = self._end, None
+        self._loop, self._thread, self._ending = None, 0, False
+        if end is not None:
+            await end.aclose()
+
+    def _loop_is_ending(self) -> None:
+        """The loop is being shut down and the pool was not closed: end what is idle, now.
+
+        What is lent ends when it is given back, or dropped.
+        """
+        if self._end is None:
+            return
+        self._ending = True
+        self._move(self._machine.close)
+
+    # -- moves of the pool as a whole -------------------------------------------------------------
+
+    def _move(self, decide: Callable[[float], list[Order]]) -> None:
+        self._carry_out(decide(clock()))
+
+    def _look_again(self) -> None:
+        self._carry_out(self._machine.look_again(clock()))
+
+    def _tick(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        self._bring_orphans_home()
+        self._carry_out(self._machine.tick(clock()))
+
+    # -- orders -----------------------------------------------------------------------------------
+
+    def _carry_out(self, orders: list[Order]) -> None:
+        """Carry out and forget: a caller's list must not hold a slot that others borrow by now."""
+        orders.reverse()
+        while orders:
+            self._carry_out_one(orders.pop())
+
+    def _carry_out_one(self, order: Order) -> None:
+        match order:
+            case Open(slot):
+                self._spawn(self._open_slot([slot]))
+            case Close():
+                if order.discard or not self._spawn(self._close_slot([order])):
+                    self._close_at_once(order)
+            case TickAt(when):
+                self._call_at(when)
+            case Overdue(slot, seconds):
+                self._warn_overdue(slot, seconds)
+            case ReportOutage(seconds):
+                self._spawn(self._say_outage(seconds))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Run `work` in a task of its own; False, and it is dropped, where no loop runs, or it ends."""
+        try:
+            loop = None if self._ending else asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if loop is None:
+            work.close()
+            return False
+        # An empty context: what a request keeps in context variables is not the pool's.
+        task = contextvars.Context().run(loop.create_task, work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return True
+
+    def _call_at(self, when: float) -> None:
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            return
+        seconds = min(max(0.0, when - clock()), LONGEST_SLEEP)
+        timer = self._timer
+        if timer is not None:
+            if timer.when() <= loop.time() + seconds:
+                return
+            timer.cancel()
+        self._timer = loop.call_later(seconds, _tick_if_alive, self._home)
+
+    # -- opening ----------------------------------------------------------------------------------
+
+    async def _open_slot(self, place: list[Slot]) -> None:
+        """In a task: open a connection for the slot in this place.
+
+        Neither the task nor this frame holds the slot once the machine has it: else one that was
+        lent and dropped would not come home.
+        """
+        await asyncio.sleep(0)  # a loop may run a new task at once, in the middle of our caller
+        try:
+            async with self._connecting:
+                link = await self._opener.open(CONNECT_SECONDS)
+            self._watch(link, place[0].ref)
+        except BaseException as error:  # also a SystemExit of a user's callable
+            await self._open_failed(place, error)
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            return
+        slot = place.pop()
+        outage = self._machine.outage
+        orders = self._machine.opened(slot, link, clock())
+        del slot
+        self._carry_out(orders)
+        self._tell_onlookers()
+        if outage is not None:
+            _log.warning("pool %r: connections can be opened again", self.name)
+
+    async def _open_failed(self, place: list[Slot], error: BaseException) -> None:
+        try:
+            failure = await self._explain(error)
+        except BaseException:
+            failure = self._opener.explain_at_once(error)
+            raise
+        finally:
+            self._note_failure(place.pop(), failure)
+
+    async def _explain(self, error: BaseException) -> Failure:
+        if isinstance(error, asyncio.CancelledError):
+            return self._opener.explain_at_once(_Cancelled())
+        return await self._opener.explain(error)
+
+    def _note_failure(self, slot: Slot, failure: Failure) -> None:
+        before = self._machine.outage
+        orders = self._machine.open_failed(
+            slot, failure, clock(), heals=failure.heals, sqlstate=failure.sqlstate
+        )
+        self._carry_out(orders)
+        self._tell_onlookers()
+        if before is None or before.error.text != failure.text:
+            code = f" (SQLSTATE {failure.sqlstate})" if failure.sqlstate else ""
+            _log.warning("pool %r: cannot open a connection: %s%s", self.name, failure.text, code)
+
+    # -- closing ----------------------------------------------------------------------------------
+
+    async def _close_slot(self, place: list[Close]) -> None:
+        """In a task: end this slot's connection politely."""
+        await asyncio.sleep(0)
+        order = place[0]
+        link = order.slot.link
+        if link is not None:
+            _unwatch(link, order.slot.ref)
+            await _closed(link)
+            order.slot.link = None
+        self._ended(order)
+
+    def _close_at_once(self, order: Close) -> None:
+        slot = order.slot
+        link = slot.link
+        if link is not None:
+            _unwatch(link, slot.ref)
+            if order.reason is Reason.ORPHANED:
+                link.park()  # somebody may still hold the connection: its next use raises
+            if order.discard or not _closed_without_waiting(link):
+                _discard(link)
+            slot.link = None
+        # Not at once: this may be a long list of orders, each of which may bring another.
+        if self._loop is None or self._loop.is_closed():
+            self._ended(order)
+        else:
+            self._loop.call_soon(self._ended, order)
+
+    def _ended(self, order: Close) -> None:
+        self._carry_out(self._machine.closed(order.slot, order.reason, clock()))
+        self._tell_onlookers()
+
+    # -- watching ---------------------------------------------------------------------------------
+
+    def _watch(self, link: Any, slot_ref: SlotRef | None) -> None:
+        """Have the end of this session noticed; before it can be lent, so that none goes unnoticed."""
+        loop = self._loop
+        if slot_ref is None or loop is None:
+            return
+        if link.on_end(partial(_told_of_end, slot_ref)):
+            return
+        if link.fd < 0 or not watch.available():
+            return
+        try:
+            slot_ref.watched = loops.watch_for(loop, link.fd, slot_ref, _told_by_watch)
+        except BaseException:
+            link.discard()
+            raise
+
+    def _hung_up(self, slot: Slot) -> None:
+        self._carry_out(self._machine.hung_up(slot, clock()))
+
+    # -- orphans ----------------------------------------------------------------------------------
+
+    def _bring_orphans_home(self) -> None:
+        while self._orphans:
+            self._bring_home(self._orphans.popleft())
+        # What an interrupt kept out of the list is found by its dead reference.
+        for slot_ref in list(self._machine.refs.values()):
+            if slot_ref() is None:
+                self._bring_home(slot_ref)
+
+    def _bring_home(self, slot_ref: SlotRef) -> None:
+        orders = self._machine.bring_home(slot_ref, clock())
+        if orders and slot_ref.link is not None:
+            self._getconns.pop(id(slot_ref.link.conn), None)
+        self._carry_out(orders)
+
+    # -- what people should know ------------------------------------------------------------------
+
+    def _warn_overdue(self, slot: Slot, seconds: float) -> None:
+        _log.warning(
+            "pool %r: a connection has been lent for %.0f s (overdue_after=%s): %s",
+            self.name,
+            seconds,
+            self._config.overdue_after,
+            self._reporter.holder_of(slot) or "its holder is not known",
+        )
+
+    async def _say_outage(self, seconds: float) -> None:
+        _log.error("pool %r: no connection could be opened for %.0f s", self.name, seconds)
+        failed = self._config.reconnect_failed
+        if failed is not None:
+            await called(failed, self)
+
+    def _tell_onlookers(self) -> None:
+        for tell in list(self._onlookers):
+            tell()
+
+
+class _Cancelled(Exception):  # noqa: N818  it is what happened
+    """A connect was cancelled: whoever did that cancelled all tasks of the loop."""
+
+    def __str__(self) -> str:
+        return "connecting was cancelled: all tasks of the loop were, or it is ending"
+
+
+def _unwatch(link: Any, slot_ref: SlotRef | None) -> None:
+    # Before the close, since numbers are reused; and by the serial, since libpq closes a broken
+    # connection's socket by itself: the number may be another connection's already.
+    if slot_ref is not None and slot_ref.watched:
+        loops.unwatch(link.fd, slot_ref.watched)
+        slot_ref.watched = 0
+
+
+async def _closed(link: Any) -> None:
+    try:
+        await link.close()
+    except Exception:  # noqa: BLE001  drivers promise not to; one that does must not keep the right
+        _log.exception("a driver could not end a connection; it is dropped")
+    except BaseException:
+        _discard(link)
+        raise
+
+
+def _closed_without_waiting(link: Any) -> bool:
+    """End the session politely if that takes no waiting: where no task can run any more."""
+    closing = link.close()
+    try:
+        closing.send(None)
+    except StopIteration:
+        return True
+    except Exception:  # noqa: BLE001  as above
+        return False
+    closing.close()
+    return False
+
+
+def _discard(link: Any) -> None:
+    try:
+        link.discard()
+    except Exception:  # noqa: BLE001  as above
+        _log.exception("a driver could not end a connection; it is dropped")
+
+
+def _loop_ends(home: ref[Any]) -> None:
+    pool = home()
+    if pool is not None:
+        pool._loop_is_ending()
+
+
+def _tick_if_alive(home: ref[Any]) -> None:
+    pool = home()
+    if pool is not None:
+        pool._tick()
+
+
+def _told_by_watch(slot_ref: SlotRef, fd: int) -> None:
+    slot = slot_ref()
+    if slot is not None and (slot.link is None or slot.link.fd == fd):
+        _told_of_end(slot_ref)
+
+
+def _told_of_end(slot_ref: SlotRef) -> None:
+    """On the loop: flag the slot, and see to it."""
+    slot = slot_ref()
+    if slot is None or slot.ref is not slot_ref:
+        return
+    slot.condemn(Reason.HUNG_UP)
+    pool = slot_ref.home()
+    if pool is not None:
+        pool._hung_up(slot)
+
+
+def orphaned(home: ref[Any], slot_ref: SlotRef) -> None:
+    """Anywhere, also in the garbage collector: a slot has died that nobody had given back."""
+    pool = home()
+    if pool is None:
+        return
+    pool._orphans.append(slot_ref)
+    loop = pool._loop
+    if loop is not None:
+        with contextlib.suppress(RuntimeError):  # it is closed
+            loop.call_soon_threadsafe(pool._tick)
+
+
+def let_go_of_all(machine: Machine) -> None:
+    """Of a pool that nobody holds any more and nobody closed: end its sessions."""
+    for slot_ref in list(machine.refs.values()):
+        link, slot_ref.link = slot_ref.link, None
+        if link is not None:
+            _unwatch(link, slot_ref)
+            _discard(link)
