@@ -360,7 +360,11 @@ class AsyncBorrowing(AsyncUpkeep):
 
     def _finish_later(self, place: list[Slot]) -> None:
         """Nobody waits for this any more: bring the slot back in a task of the pool's own."""
-        if place and not self._spawn(self._finish(place)):
+        if not place:
+            return
+        # Nobody's: a task that is made now may get the number of the one that has gone.
+        place[0].holder = 0
+        if not self._spawn(self._finish(place)):
             self._return(place.pop(), Verdict.UNCLEAN)
 
     async def _finish(self, place: list[Slot]) -> None:
