@@ -2,60 +2,90 @@
 
 It must not know: any database library, any pool. It works on every loop that has `add_reader`:
 asyncio's selector loops, uvloop, and AnyIO on either.
+
+A loop knows one reader and one writer for each number, and numbers are used again: somebody who waited for
+a descriptor that was closed under him may still be registered for what is ours now, and will take our
+registration away when he notices. So a wait looks by itself, and registers again, every `BEAT`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from math import inf
 from os import getpid
 from time import monotonic
+from typing import TYPE_CHECKING, Final
 
 from penstock._drivers import sockets
 from penstock._drivers.sockets import READ, WRITE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: Seconds. How late a wait is at most whose registration somebody else has removed.
+BEAT: Final = 0.5
 
 
 async def wait(fd: int, events: int, deadline: float) -> int:
     """Wait until `fd` is readable or writable; errors and hang-ups count as both.
 
     Args:
-        fd: the descriptor. Nobody else may be waiting for it on this loop: a loop knows one reader
-            and one writer for each.
+        fd: the descriptor. Nobody else may be waiting for it on this loop.
         events: READ, WRITE or both.
         deadline: an instant of the monotonic clock; one in the past means a look without waiting.
 
     Returns:
         What came true, or 0 if the deadline came first.
     """
+    while True:
+        left = deadline - monotonic()
+        # A loop that was blocked may come to the timer first: hence the look.
+        seen = await _one_beat(fd, events, min(left, BEAT)) or sockets.wait(fd, events, 0.0)
+        if seen or left <= BEAT:
+            return seen
+
+
+async def _one_beat(fd: int, events: int, seconds: float) -> int:
+    if seconds <= 0:
+        return 0
     loop = asyncio.get_running_loop()
     woken: asyncio.Future[int] = loop.create_future()
-    timer = None
     pid = getpid()
+    timer = loop.call_later(seconds, _tell, woken, 0)
     try:
-        if events & READ:
-            loop.add_reader(fd, _tell, woken, READ)
-        if events & WRITE:
-            loop.add_writer(fd, _tell, woken, WRITE)
-        if deadline != inf:
-            timer = loop.call_later(max(0.0, deadline - monotonic()), _tell, woken, 0)
-        # A loop that was blocked may come to the timer first: hence the last look.
-        return await woken or sockets.wait(fd, events, 0.0)
+        _register(loop, fd, events, woken)
+        return await woken
     finally:
-        if timer is not None:
-            timer.cancel()
+        timer.cancel()
         # In a forked child, where this coroutine is dropped: the loop's epoll is the parent's, too.
         if getpid() == pid:
-            _stop_waiting(loop, fd, events)
+            _forget(loop, fd, events)
 
 
 def is_awaited(fd: int) -> bool:
-    """Whether somebody on this loop waits for `fd`. He is not woken by it any more after this."""
+    """Whether somebody on this loop waits for `fd`. It does not wake him any more after this."""
     loop = asyncio.get_running_loop()
     read, written = loop.remove_reader(fd), loop.remove_writer(fd)
     return read or written
 
 
-def _stop_waiting(loop: asyncio.AbstractEventLoop, fd: int, events: int) -> None:
+def _register(
+    loop: asyncio.AbstractEventLoop, fd: int, events: int, woken: asyncio.Future[int]
+) -> None:
+    if events & READ:
+        _add(loop.add_reader, fd, woken, READ)
+    if events & WRITE:
+        _add(loop.add_writer, fd, woken, WRITE)
+
+
+def _add(add: Callable[..., object], fd: int, woken: asyncio.Future[int], seen: int) -> None:
+    try:
+        add(fd, _tell, woken, seen)
+    except OSError:
+        # asyncio took the number for one that it has, and the kernel knew better. It has forgotten it.
+        add(fd, _tell, woken, seen)
+
+
+def _forget(loop: asyncio.AbstractEventLoop, fd: int, events: int) -> None:
     if events & READ:
         loop.remove_reader(fd)
     if events & WRITE:

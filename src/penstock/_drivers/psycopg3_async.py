@@ -13,6 +13,7 @@ What needs no waiting is in `psycopg3_link`, for this driver and the one for thr
 
 from __future__ import annotations
 
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -24,7 +25,11 @@ from penstock._drivers.awaiting import is_awaited
 from penstock._drivers.protocol import Diagnosis, Recipe, Reply
 from penstock._drivers.psycopg3_async_connect import connect
 from penstock._drivers.psycopg3_async_wire import cancel_on_server, driven, read_answers
-from penstock._drivers.psycopg3_diagnose import diagnose
+from penstock._drivers.psycopg3_diagnose import (
+    diagnosis_at_hand,
+    diagnosis_by_trying,
+    one_line,
+)
 from penstock._drivers.psycopg3_guard import Settings
 from penstock._drivers.psycopg3_link import (
     PgconnLink,
@@ -135,7 +140,7 @@ class AsyncPsycopg3Link(PgconnLink):
         self,
         generator: PQGen[RV],
         interval: float = 0.0,  # noqa: ARG002  psycopg's signature
-        timeout: float | None = None,  # noqa: ARG002, ASYNC109  psycopg's signature
+        timeout: float | None = None,  # noqa: ARG002  psycopg's signature
     ) -> RV:
         """Stand in for the connection's `wait`: hear a cancellation at once."""
         return await driven(generator, self.fd)
@@ -344,10 +349,17 @@ class AsyncPsycopg3Driver(PsycopgDriver):
         Raises:
             psycopg.OperationalError: no connection; the text has the server's or libpq's words.
             psycopg.errors.ConnectionTimeout: not in time.
-            psycopg.ProgrammingError: the connection string or an option is wrong.
+            psycopg.ProgrammingError: the connection string or an option is wrong, or the loop is
+                of a kind that psycopg cannot use.
         """
         deadline = deadline_in(seconds)
-        handle = await connect(connecting.connection_params(recipe), deadline)
+        params = connecting.connection_params(recipe)
+        try:
+            handle = await connect(params, deadline)
+        except NotImplementedError as error:  # asyncio's own on Windows, for one
+            raise psycopg.ProgrammingError(
+                "this event loop cannot wait for descriptors (add_reader); run a SelectorEventLoop"
+            ) from error
         try:
             return await _linked(handle, recipe, deadline)
         except BaseException:
@@ -361,13 +373,15 @@ class AsyncPsycopg3Driver(PsycopgDriver):
 
         The attempt is made in a daemon thread.
         """
+        found = diagnosis_at_hand(error)
+        if found is not None:
+            return found
+        deadline = deadline_in(seconds)
         try:
-            return await call_aside(
-                None, lambda: diagnose(error, recipe, seconds), deadline_in(seconds)
-            )
-        except TimeoutError:
-            text = " ".join(str(error).split()) or type(error).__name__
-            return Diagnosis(sqlstate=None, heals=True, text=text)
+            attempt = partial(diagnosis_by_trying, error, recipe, deadline)
+            return await call_aside(None, attempt, deadline)
+        except TimeoutError:  # a resolver that does not answer
+            return Diagnosis(sqlstate=None, heals=True, text=one_line(error))
 
 
 async def _linked(handle: PGconn, recipe: Recipe, deadline: float) -> AsyncPsycopg3Link:

@@ -34,15 +34,9 @@ async def connect(params: Params, deadline: float) -> PGconn:
         psycopg.OperationalError: no address worked; the text has the server's or libpq's words.
         psycopg.errors.ConnectionTimeout: not in time, or a name was not resolved in time.
     """
-    found = {pair: await _addresses(*pair, deadline) for pair in connecting.names_of(params)}
-
-    def resolve(host: str, port: str) -> list[str]:
-        outcome = found[host, port]
-        if isinstance(outcome, psycopg.OperationalError):
-            raise outcome
-        return outcome
-
-    attempts, failures = connecting.attempts_of(params, resolve)
+    if connecting.is_for_libpq_to_resolve(params):
+        return await _connected_aside(params, deadline)
+    attempts, failures = await _attempts_of(params, deadline)
     for index, attempt in enumerate(attempts):
         until = connecting.share_of(params, deadline, len(attempts) - index)
         try:
@@ -54,7 +48,39 @@ async def connect(params: Params, deadline: float) -> PGconn:
     raise connecting.merged(failures)
 
 
-async def _addresses(host: str, port: str, deadline: float) -> list[str] | psycopg.OperationalError:
+async def _connected_aside(params: Params, deadline: float) -> PGconn:
+    # A handle that nobody waits for any more is closed when it is freed.
+    try:
+        return await call_aside(None, partial(connecting.connect, params, deadline), deadline)
+    except TimeoutError:
+        raise connecting.too_late(params) from None
+
+
+# --- names
+
+
+async def _attempts_of(
+    params: Params, deadline: float
+) -> tuple[list[Params], list[psycopg.OperationalError]]:
+    names = connecting.names_of(params)
+    found = {
+        # The last share is left for connecting, where other names may have addresses.
+        pair: await _addresses(
+            *pair, connecting.share_of(params, deadline, len(names) - index + (len(names) > 1))
+        )
+        for index, pair in enumerate(names)
+    }
+
+    def resolve(host: str, port: str) -> list[str]:
+        outcome = found[host, port]
+        if isinstance(outcome, psycopg.OperationalError):
+            raise outcome
+        return outcome
+
+    return connecting.attempts_of(params, resolve)
+
+
+async def _addresses(host: str, port: str, until: float) -> list[str] | psycopg.OperationalError:
     try:
         # An address in figures needs nobody's help.
         return connecting.look_up(host, port, flags=socket.AI_NUMERICHOST)
@@ -62,11 +88,16 @@ async def _addresses(host: str, port: str, deadline: float) -> list[str] | psyco
         pass
     try:
         look_up = partial(connecting.look_up, host, port)
-        return await call_aside(("look up", host, port), look_up, deadline)
+        return await call_aside(("look up", host, port), look_up, until)
     except psycopg.OperationalError as error:
-        return error
+        return error.with_traceback(None)
     except TimeoutError:
         return psycopg.errors.ConnectionTimeout("the host name was not resolved in time")
+    except RuntimeError as error:  # can't start new thread
+        return psycopg.OperationalError(f"could not look up the host name: {error}")
+
+
+# --- one address
 
 
 async def _connected(attempt: Params, until: float) -> PGconn:

@@ -87,6 +87,11 @@ def _known_words() -> set[str]:
     return {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
 
 
+def is_for_libpq_to_resolve(params: Params) -> bool:
+    """Whether a host name could be where only libpq looks, which then waits for the resolver."""
+    return bool(params.get("service"))
+
+
 def _uses_service(params: Params) -> bool:
     return bool(params.get("service") or os.environ.get("PGSERVICE"))
 

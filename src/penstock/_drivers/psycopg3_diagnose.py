@@ -103,7 +103,12 @@ class Tape:
 
 def diagnose(error: BaseException, recipe: Recipe, seconds: float | None) -> Diagnosis:
     """Tell why an attempt to connect raised `error`; takes one more attempt where that can help."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    return diagnosis_at_hand(error) or diagnosis_by_trying(error, recipe, deadline_in(seconds))
+
+
+def diagnosis_at_hand(error: BaseException) -> Diagnosis | None:
+    """What the error itself tells; None where another attempt could tell more."""
+    text = one_line(error)
     sqlstate = getattr(error, "sqlstate", None)
     if sqlstate is not None:
         return Diagnosis(sqlstate=sqlstate, heals=_heals(sqlstate), text=text)
@@ -117,7 +122,12 @@ def diagnose(error: BaseException, recipe: Recipe, seconds: float | None) -> Dia
         error, psycopg.errors.ConnectionTimeout
     ):  # another attempt would only be late again
         return Diagnosis(sqlstate=None, heals=True, text=text)
-    return _diagnosis_by_trying(text, recipe, deadline_in(seconds))
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text for a diagnosis."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _names_nothing(error: BaseException) -> bool:
@@ -133,7 +143,9 @@ def _heals(sqlstate: str) -> bool:
     return not sqlstate.startswith(_LASTING)
 
 
-def _diagnosis_by_trying(text: str, recipe: Recipe, deadline: float) -> Diagnosis:
+def diagnosis_by_trying(error: BaseException, recipe: Recipe, deadline: float) -> Diagnosis:
+    """What one more attempt tells, at every address; blocks until the deadline at most."""
+    text = one_line(error)
     params = connection_params(recipe)
     if not _are_valid_options(params):
         return Diagnosis(sqlstate=None, heals=False, text=text, next_step=_STEP_OPTIONS)

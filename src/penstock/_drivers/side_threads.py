@@ -73,9 +73,10 @@ class SideThreads:
         """
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[_Outcome | None] = loop.create_future()
-        call = self._enter(key, function, waiter)
         timer = None
         try:
+            if self._enter(key, function, waiter):
+                self._start()
             if deadline != inf:
                 left = max(0.0, deadline - monotonic())
                 timer = loop.call_later(left, _settle, waiter, None)
@@ -83,7 +84,7 @@ class SideThreads:
         finally:
             if timer is not None:
                 timer.cancel()
-            self._leave(call, waiter)
+            self._leave(waiter)
         if outcome is None:
             raise TimeoutError
         if outcome.error is not None:
@@ -92,7 +93,8 @@ class SideThreads:
 
     def _enter(
         self, key: Hashable, function: Callable[[], Any], waiter: asyncio.Future[_Outcome | None]
-    ) -> _Call:
+    ) -> bool:
+        """Join the call or queue it; whether one more thread is to be started."""
         with self._lock:
             call = self._calls.get(key)
             if call is None:
@@ -101,22 +103,22 @@ class SideThreads:
             call.waiters.append(waiter)
             wanted = bool(self._queue) and self._threads < self._limit
             self._threads += wanted
-        if wanted:
-            self._start()
-        return call
+        return wanted
 
     def _start(self) -> None:
         try:
-            threading.Thread(target=self._work, name="penstock-side", daemon=True).start()
-        except BaseException:  # no thread to be had: what is queued waits for another, or gives up
+            threading.Thread(target=self._work, name="penstock-aside", daemon=True).start()
+        except BaseException:  # there is no thread to be had; the queue keeps nothing of us
             with self._lock:
                 self._threads -= 1
             raise
 
-    def _leave(self, call: _Call, waiter: asyncio.Future[_Outcome | None]) -> None:
+    def _leave(self, waiter: asyncio.Future[_Outcome | None]) -> None:
         with self._lock:
-            if waiter in call.waiters:
-                call.waiters.remove(waiter)
+            for call in self._calls.values():
+                if waiter in call.waiters:
+                    call.waiters.remove(waiter)
+                    return
 
     def _work(self) -> None:
         while (call := self._next()) is not None:
