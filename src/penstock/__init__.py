@@ -6,6 +6,7 @@
 ...     conn.execute("update ...")
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 from penstock._drivers import DriverNotFoundError
@@ -31,10 +32,12 @@ from penstock.threads import ConnectionPool
 if TYPE_CHECKING:
     from penstock.aio import AsyncConnectionPool
     from penstock.async_lease import AsyncLease
+    from penstock.async_pools import AsyncPools
 
 __all__ = [
     "AsyncConnectionPool",
     "AsyncLease",
+    "AsyncPools",
     "ConfigError",
     "ConnectionPool",
     "Counts",
@@ -54,18 +57,19 @@ __all__ = [
     "TooManyRequests",
 ]
 
+_ASYNC = {
+    "AsyncConnectionPool": "penstock.aio",
+    "AsyncLease": "penstock.async_lease",
+    "AsyncPools": "penstock.async_pools",
+}
+
 
 def __getattr__(name: str) -> object:
     # asyncio is imported by those who use it: it takes 30 ms, and loads what gevent would rather
     # patch first.
-    if name == "AsyncConnectionPool":
-        from penstock.aio import AsyncConnectionPool  # noqa: PLC0415
-
-        return AsyncConnectionPool
-    if name == "AsyncLease":
-        from penstock.async_lease import AsyncLease  # noqa: PLC0415
-
-        return AsyncLease
+    module = _ASYNC.get(name)
+    if module is not None:
+        return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

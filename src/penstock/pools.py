@@ -1,7 +1,7 @@
 """Pools: many named pools from one configuration.
 
 One job: make a `ConnectionPool` of each `PoolConfig`, and do to all of them what is done to one:
-open, close, report.
+open, close, report. `NamedPools` is what asyncio's (`async_pools.py`) have in common with them.
 
 It must not know: how a pool works, what configuration looks like.
 
@@ -10,8 +10,9 @@ No lock: the pools are chosen when this is made and never change; each has its o
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from penstock import sources
 from penstock.clock import clock
@@ -24,12 +25,16 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from penstock._machine.tally import Stats
+    from penstock.aio import AsyncConnectionPool
     from penstock.config import PoolConfig
     from penstock.reports import Health
 
 
-class Pools(Mapping[str, ConnectionPool[Any]]):
-    """Named pools. Making them opens nothing: each opens at its first borrow, or by `open`.
+PoolT = TypeVar("PoolT", bound="ConnectionPool[Any] | AsyncConnectionPool[Any]")
+
+
+class NamedPools(Mapping[str, PoolT], Generic[PoolT]):
+    """Named pools of one kind: what does not have to wait.
 
     Args:
         configs: the pools' names and options. A pool without a name of its own gets this one.
@@ -39,10 +44,15 @@ class Pools(Mapping[str, ConnectionPool[Any]]):
     """
 
     def __init__(self, configs: Mapping[str, PoolConfig]) -> None:
-        self._pools: dict[str, ConnectionPool[Any]] = {
-            name: ConnectionPool.from_config(config if config.name else config.replace(name=name))
+        self._pools: dict[str, PoolT] = {
+            name: self._made_of(config if config.name else config.replace(name=name))
             for name, config in configs.items()
         }
+
+    @staticmethod
+    @abstractmethod
+    def _made_of(config: PoolConfig) -> PoolT:
+        """A pool of these options."""
 
     @classmethod
     def from_file(cls, path: str | Path, *sections: str) -> Self:
@@ -85,7 +95,7 @@ class Pools(Mapping[str, ConnectionPool[Any]]):
 
     # -- which pools ------------------------------------------------------------------------------
 
-    def __getitem__(self, name: str) -> ConnectionPool[Any]:
+    def __getitem__(self, name: str) -> PoolT:
         pool = self._pools.get(name)
         if pool is None:
             raise KeyError(f"no pool {name!r}: there are {', '.join(map(repr, self._pools))}")
@@ -104,7 +114,7 @@ class Pools(Mapping[str, ConnectionPool[Any]]):
         return id(self)
 
     @property
-    def default(self) -> ConnectionPool[Any]:
+    def default(self) -> PoolT:
         """The only pool, or the one that is named "default".
 
         Raises:
@@ -120,6 +130,40 @@ class Pools(Mapping[str, ConnectionPool[Any]]):
                 next_step='take one by its name, or call one of them "default"',
             )
         return pool
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self._pools)  # each pool travels as its options
+
+    # -- what can be read -------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Stats]:
+        """Each pool's figures, by its name here."""
+        return {name: pool.stats() for name, pool in self._pools.items()}
+
+    def health(self) -> dict[str, Health]:
+        """Each pool's health, by its name here."""
+        return {name: pool.health() for name, pool in self._pools.items()}
+
+    def __repr__(self) -> str:
+        # none, if a traceback shows one that could not be made
+        pools: dict[str, PoolT] = vars(self).get("_pools", {})
+        inner = ", ".join(f"{name!r}: {pool!r}" for name, pool in pools.items())
+        return f"<{type(self).__name__} {{{inner}}}>"
+
+
+class Pools(NamedPools[ConnectionPool[Any]]):
+    """Named pools. Making them opens nothing: each opens at its first borrow, or by `open`.
+
+    Args:
+        configs: the pools' names and options. A pool without a name of its own gets this one.
+
+    Raises:
+        DriverNotFoundError: a driver's library is not installed.
+    """
+
+    @staticmethod
+    def _made_of(config: PoolConfig) -> ConnectionPool[Any]:
+        return ConnectionPool.from_config(config)
 
     # -- their life -------------------------------------------------------------------------------
 
@@ -174,25 +218,6 @@ class Pools(Mapping[str, ConnectionPool[Any]]):
     ) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (type(self), self._pools)  # each pool travels as its options
-
-    # -- what can be read -------------------------------------------------------------------------
-
-    def stats(self) -> dict[str, Stats]:
-        """Each pool's figures, by its name here."""
-        return {name: pool.stats() for name, pool in self._pools.items()}
-
-    def health(self) -> dict[str, Health]:
-        """Each pool's health, by its name here."""
-        return {name: pool.health() for name, pool in self._pools.items()}
-
-    def __repr__(self) -> str:
-        # none, if a traceback shows one that could not be made
-        pools: dict[str, ConnectionPool[Any]] = vars(self).get("_pools", {})
-        inner = ", ".join(f"{name!r}: {pool!r}" for name, pool in pools.items())
-        return f"<{type(self).__name__} {{{inner}}}>"
-
 
 def _close_each(pools: Any, deadline: float | None) -> list[BaseException]:
     """Close them one after the other; gives what was raised."""
@@ -205,7 +230,7 @@ def _close_each(pools: Any, deadline: float | None) -> list[BaseException]:
     return failures
 
 
-def _again(cls: type[Pools], pools: dict[str, ConnectionPool[Any]]) -> Pools:
+def _again(cls: type[NamedPools[Any]], pools: dict[str, Any]) -> NamedPools[Any]:
     found = cls.__new__(cls)
     found._pools = pools  # noqa: SLF001  what __init__ sets
     return found
