@@ -1,0 +1,118 @@
+"""The driver for asyncpg (0.30 and newer).
+
+It must not know: pools, slots, leases, waiters, limits. How a connection is found and made is
+asyncpg_connect's, what is done with one asyncpg_link's.
+
+`operational_error` and `interface_error`: asyncpg has no OperationalError. What stands for a server
+that cannot be used is `asyncpg.PostgresConnectionError` (SQLSTATE class 08), which is a
+`PostgresError` as well, so that both ``except`` clauses of its users catch a pool's errors; misuse is
+`asyncpg.InterfaceError`, as in asyncpg itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+import asyncpg
+
+from penstock._drivers import asyncpg_connect as connecting
+from penstock._drivers.asyncpg_diagnose import diagnose
+from penstock._drivers.asyncpg_guard import watched
+from penstock._drivers.asyncpg_link import AsyncpgLink
+from penstock._drivers.sockets import deadline_in, seconds_to
+
+if TYPE_CHECKING:
+    from penstock._drivers.protocol import Diagnosis, Recipe
+
+# 57P01 admin shutdown, 57P02 crash shutdown, 57P03 cannot connect now.
+_SERVER_GOES: Final = ("57P01", "57P02", "57P03")
+
+# Linux's largest process id: a "server process" beyond it is a pooler's invention, and a pooler
+# would hand our SET to other clients.
+_PID_MAX: Final = 4_194_304
+
+
+class AsyncpgDriver:
+    """asyncpg, as penstock sees it."""
+
+    name = "asyncpg"
+    operational_error: type[Exception] = asyncpg.PostgresConnectionError
+    interface_error: type[Exception] = asyncpg.InterfaceError
+
+    async def open(self, recipe: Recipe, seconds: float | None) -> AsyncpgLink:
+        """Connect within `seconds`, name look-up included; the link is lent.
+
+        Cancelled, it leaves no socket and no task behind.
+
+        Raises:
+            asyncpg.PostgresError: the server refused.
+            asyncpg.ClientConfigurationError: the connection string or an option is wrong.
+            TimeoutError: not in time.
+            OSError: no connection.
+        """
+        deadline = deadline_in(seconds)
+        cls = watched(recipe.connection_class or asyncpg.Connection)
+        conn = await connecting.connect(recipe, cls, deadline)
+        try:
+            loop = asyncio.get_running_loop()
+            link = AsyncpgLink(conn, loop, resets_session=recipe.reset == "session")
+            connecting.keep_alive(link.fd, recipe)
+            await _set_check_interval(link, recipe.server_check_interval, deadline)
+        except BaseException:
+            conn.terminate()
+            raise
+        return link
+
+    async def diagnose(
+        self,
+        error: BaseException,
+        recipe: Recipe,  # noqa: ARG002  asyncpg's errors tell all
+        seconds: float | None,  # noqa: ARG002
+    ) -> Diagnosis:
+        """Tell why `open` raised `error`; makes no further attempt."""
+        return diagnose(error)
+
+    def ends_session(self, error: BaseException, *, read_write: bool) -> bool:
+        """Whether `error`, raised in a lease, means that this and older sessions are not to be trusted.
+
+        A connection that is lost raises `ConnectionDoesNotExistError`, SQLSTATE 08003. Not counted
+        are OSError and TimeoutError, which may be the borrower's own, and `InterfaceError`, which
+        says that he uses a connection that ended before.
+        """
+        if not isinstance(error, asyncpg.PostgresError):
+            return False
+        sqlstate = error.sqlstate or ""
+        return (
+            sqlstate in _SERVER_GOES
+            or sqlstate.startswith("08")
+            or (read_write and sqlstate == "25006")
+        )
+
+
+async def _set_check_interval(link: AsyncpgLink, seconds: float | None, deadline: float) -> None:
+    """Let the server notice a client that died during a long statement; one round trip.
+
+    Before PostgreSQL 14 the setting does not exist. Somebody who turned it on already (for the role,
+    by `options`) is left alone. Errors do not matter: not every platform and pooler takes it.
+    """
+    conn = link.conn
+    pid = link.protocol.get_server_pid()
+    if not seconds or conn.get_server_version() < (14, 0) or not 0 < pid <= _PID_MAX:
+        return
+    name = "'client_connection_check_interval'"
+    query = (
+        f"select pg_catalog.set_config({name}, '{max(1, round(seconds * 1000))}', false)"
+        f" where pg_catalog.current_setting({name}) = '0'"
+    )
+    try:
+        await link.protocol.query(query, seconds_to(deadline))
+    except TimeoutError:
+        raise TimeoutError("the new session did not answer in time") from None
+    except asyncpg.PostgresConnectionError:
+        raise
+    except asyncpg.PostgresError:
+        pass
+
+
+driver: Final = AsyncpgDriver()

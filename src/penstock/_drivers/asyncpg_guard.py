@@ -1,0 +1,282 @@
+"""What penstock puts round an asyncpg connection: a dead protocol, and a watch over its settings.
+
+Two things are wanted and neither may cost a query anything. A connection that was given back must
+raise when it is used: `DEAD` takes the place of its protocol, which is asyncpg's way to the wire. And
+no listener, logger or codec of one borrower may reach the next: a subclass, made once per
+connection class, notes the change when it happens, and the return looks at one set.
+
+It must not know: how links are opened or cleaned, deadlines, the server.
+Private names of asyncpg that this relies on are each held by tests/drivers/test_asyncpg_assumptions.py.
+No lock: everything happens on the connection's event loop.
+"""
+
+from __future__ import annotations
+
+import os
+from types import new_class
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import asyncpg
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GIVEN_BACK: Final = "this connection was given back to its pool; borrow another"
+INHERITED_SESSION: Final = (
+    "this connection was opened before the fork, and its session is the parent process's; borrow "
+    "another here"
+)
+
+
+class DeadProtocol:
+    """Stands where the protocol was while nobody has borrowed the connection.
+
+    It is not connected, so that `conn.is_closed()` is true and closing does nothing. Whatever else is
+    asked of it raises.
+
+    Attributes:
+        why: what it says then.
+    """
+
+    __slots__ = ("why",)
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    def is_connected(self) -> bool:
+        """Never."""
+        return False
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise asyncpg.InterfaceError(self.why)
+
+
+DEAD: Final = DeadProtocol(GIVEN_BACK)
+#: In a forked child, for what was open at the fork.
+INHERITED: Final = DeadProtocol(INHERITED_SESSION)
+
+# (schema, type) -> the method that set its codec, and with what.
+Codecs = dict[tuple[str, str], tuple[str, dict[str, Any]]]
+
+
+class Watch:
+    """What is noted about one connection.
+
+    Attributes:
+        protocol: the real one.
+        touched: what of the connection has been changed since it was new; empty nearly always.
+        codecs: the codecs that were set on it.
+        recoded: the types whose codecs changed since it was new.
+        tell: whom to tell when the session has ended, or None.
+        drop: how to let go of the session when nobody holds the returned connection, or None.
+        pid: the process that opened it.
+    """
+
+    __slots__ = ("codecs", "drop", "pid", "protocol", "recoded", "tell", "touched")
+
+    def __init__(self, protocol: Any) -> None:
+        self.protocol = protocol
+        self.touched: set[str] = set()
+        self.codecs: Codecs = {}
+        self.recoded: set[tuple[str, str]] = set()
+        self.tell: Callable[[], object] | None = None
+        self.drop: Callable[[], object] | None = None
+        self.pid = os.getpid()
+
+    def has_ended(self, _conn: object) -> None:
+        """Asyncpg's termination listener: the session is over."""
+        tell, self.tell = self.tell, None
+        if tell is not None:
+            tell()
+
+
+class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
+    """What is put in front of a connection class: the connection notes changes of its settings.
+
+    It costs a statement nothing: the methods that run one are asyncpg's own, but for
+    `_check_open`, which is as dear as the one that it replaces.
+    """
+
+    __slots__ = ()
+
+    _penstock: Watch
+
+    def __init__(self, protocol: Any, *args: Any, **kwargs: Any) -> None:
+        self._penstock = Watch(protocol)  # type: ignore[misc]  # the slot is the made class's
+        super().__init__(protocol, *args, **kwargs)
+
+    def __del__(self) -> None:
+        watch: Watch | None = getattr(self, "_penstock", None)
+        if watch is None or not isinstance(self._protocol, DeadProtocol):
+            super().__del__()
+        elif watch.drop is not None and watch.pid == os.getpid():
+            watch.drop()
+
+    # --- changes
+
+    def _touch(self, what: str) -> None:
+        """Note a change; refuse it if the connection is nobody's."""
+        if isinstance(protocol := self._protocol, DeadProtocol):
+            raise asyncpg.InterfaceError(protocol.why)
+        self._penstock.touched.add(what)
+
+    async def add_listener(self, channel: Any, callback: Any) -> None:
+        """Listen to a channel, as in asyncpg; until the connection is given back."""
+        self._touch("listeners")
+        await super().add_listener(channel, callback)
+
+    async def remove_listener(self, channel: Any, callback: Any) -> None:
+        """Stop listening, as in asyncpg."""
+        if not self.is_closed():
+            self._touch("listeners")
+            await super().remove_listener(channel, callback)
+
+    def add_log_listener(self, callback: Any) -> None:
+        """Listen to log messages, as in asyncpg; until the connection is given back."""
+        self._touch("log listeners")
+        super().add_log_listener(callback)
+
+    def remove_log_listener(self, callback: Any) -> None:
+        """Stop listening to log messages, as in asyncpg."""
+        self._touch("log listeners")
+        super().remove_log_listener(callback)
+
+    def add_termination_listener(self, callback: Any) -> None:
+        """Be told of the session's end, as in asyncpg; until the connection is given back."""
+        self._touch("termination listeners")
+        super().add_termination_listener(callback)
+
+    def remove_termination_listener(self, callback: Any) -> None:
+        """Be told no more, as in asyncpg."""
+        self._touch("termination listeners")
+        super().remove_termination_listener(callback)
+
+    def add_query_logger(self, callback: Any) -> None:
+        """Log statements, as in asyncpg; until the connection is given back."""
+        self._touch("query loggers")
+        super().add_query_logger(callback)
+
+    def remove_query_logger(self, callback: Any) -> None:
+        """Log no more, as in asyncpg."""
+        self._touch("query loggers")
+        super().remove_query_logger(callback)
+
+    async def set_type_codec(self, typename: Any, *, schema: Any = "public", **how: Any) -> None:
+        """Set a type's codec, as in asyncpg; until the connection is given back."""
+        self._recode(schema, typename)
+        await super().set_type_codec(typename, schema=schema, **how)
+        self._penstock.codecs[schema, typename] = ("set_type_codec", how)
+
+    async def set_builtin_type_codec(
+        self, typename: Any, *, schema: Any = "public", **how: Any
+    ) -> None:
+        """Give a type a codec of asyncpg's, as in asyncpg; until the connection is given back."""
+        self._recode(schema, typename)
+        await super().set_builtin_type_codec(typename, schema=schema, **how)
+        self._penstock.codecs[schema, typename] = ("set_builtin_type_codec", how)
+
+    async def reset_type_codec(self, typename: Any, *, schema: Any = "public") -> None:
+        """Take a type's codec away, as in asyncpg; until the connection is given back."""
+        self._recode(schema, typename)
+        await super().reset_type_codec(typename, schema=schema)
+        self._penstock.codecs.pop((schema, typename), None)
+
+    def _recode(self, schema: str, typename: str) -> None:
+        self._touch("codecs")
+        self._penstock.recoded.add((schema, typename))
+
+    async def _reset(self) -> None:
+        # Of asyncpg's own reset(): it takes all listeners away.
+        self._touch("listeners")
+        await super()._reset()
+
+    def _cancel_current_command(self, *args: Any) -> None:
+        # A statement was cancelled or timed out: its reply is still to come.
+        self._penstock.touched.add("cancelled")
+        super()._cancel_current_command(*args)
+
+    # --- while it is nobody's
+
+    def _check_open(self) -> None:
+        protocol = self._protocol
+        if self._aborted or not protocol.is_connected():
+            why = protocol.why if isinstance(protocol, DeadProtocol) else "connection is closed"
+            raise asyncpg.InterfaceError(why)
+
+    def _drop_local_type_cache(self) -> None:
+        self._penstock.protocol.get_settings().clear_type_cache()
+
+    def _is_parked(self) -> bool:
+        return isinstance(self._protocol, DeadProtocol) and self._penstock.protocol.is_connected()
+
+    def _abort(self) -> None:
+        if not self._is_parked():
+            super()._abort()
+
+    def _cleanup(self) -> None:
+        # close() and terminate() of somebody who has given the connection back end up here; and so
+        # does the end of the session, when the protocol is not connected any more.
+        if not self._is_parked():
+            self._penstock.touched.add("ended")
+            super()._cleanup()
+
+
+# Made once per connection class.
+_watched_classes: dict[type[Any], type[Any]] = {}
+
+
+def watched(base: type[Any]) -> type[Any]:
+    """The class to build connections of: a subclass of `base` that looks like it and watches."""
+    if base not in _watched_classes:
+        made = new_class(
+            base.__name__, (Watching, base), {}, lambda body: body.update(__slots__=("_penstock",))
+        )
+        made.__qualname__ = base.__qualname__
+        made.__module__ = base.__module__
+        made.__doc__ = base.__doc__
+        _watched_classes[base] = made
+    return _watched_classes[base]
+
+
+class Settings:
+    """The client-side settings of a connection as they were at one instant."""
+
+    __slots__ = ("_codecs", "_listeners", "_log", "_loggers", "_termination")
+
+    def __init__(self, conn: Any) -> None:
+        watch: Watch = conn._penstock
+        self._listeners = {channel: set(calls) for channel, calls in conn._listeners.items()}
+        self._log = set(conn._log_listeners)
+        self._loggers = set(conn._query_loggers)
+        self._termination = set(conn._termination_listeners)
+        self._codecs = dict(watch.codecs)
+        watch.recoded.clear()
+        watch.touched.clear()
+
+    def restore(self, conn: Any) -> None:
+        """Set back what needs no word to the server. Works on a returned connection."""
+        conn._listeners = {channel: set(calls) for channel, calls in self._listeners.items()}
+        conn._log_listeners = set(self._log)
+        conn._query_loggers = set(self._loggers)
+        conn._termination_listeners = set(self._termination)
+        conn._penstock.touched.clear()
+
+    def channels(self, conn: Any) -> tuple[list[str], list[str]]:
+        """The channels that the server should not be listened to on any more, and those to hear again."""
+        now, then = conn._listeners.keys(), self._listeners.keys()
+        return sorted(now - then), sorted(then - now)
+
+    async def restore_codecs(self, conn: Any) -> None:
+        """Set the codecs back; round trips for each that changed. The connection must be lent.
+
+        Raises:
+            asyncpg.PostgresError, ValueError: a type is gone.
+        """
+        watch: Watch = conn._penstock
+        for schema, typename in sorted(watch.recoded):
+            if (schema, typename) in watch.codecs:
+                await conn.reset_type_codec(typename, schema=schema)
+            if (schema, typename) in self._codecs:
+                method, how = self._codecs[schema, typename]
+                await getattr(conn, method)(typename, schema=schema, **how)
+        watch.recoded.clear()
