@@ -9,10 +9,9 @@ once `disarm` has returned, the connection is not touched any more. It is held f
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any, Self
 
-from penstock import keeper
+from penstock import hub, keeper
 from penstock.clock import clock
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class Alarm:
     def __init__(self, link: Any, seconds: float) -> None:
         self._link = link
         self._seconds = seconds
-        self._lock = threading.RLock()
+        self._lock = hub.Lock()
         self._armed = False
         self.rang = False
 

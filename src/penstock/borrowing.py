@@ -13,16 +13,14 @@ comes home by itself (`slot.py`). A waiter's guard gives an untouched slot to th
 from __future__ import annotations
 
 import logging
-import queue
 import random
 import sys
+import threading
 import time
-from contextlib import suppress
 from functools import partial
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock import fork, keeper, watch
+from penstock import fork, hub, keeper, watch
 from penstock._drivers.protocol import Activity
 from penstock._machine.machine import Phase, Refusal, Verdict, Waiter
 from penstock._machine.policy import retry_delay
@@ -65,13 +63,20 @@ class Borrowing(Upkeep):
         """A slot that may be used as it is, in use by the calling thread; or an error."""
         notice_fork()
         seconds = self._seconds(timeout)
+        if hub.is_running_callbacks():
+            raise self._reporter.misuse(
+                "a connection is asked for in gevent's hub, which cannot wait for one",
+                "borrow in a greenlet: gevent.spawn(...) in the callback or signal handler",
+            )
         # What an interrupt left behind is the keeper's to bring home, and nobody else opens.
-        if not keeper.current().ensure_running():
+        kept = keeper.current()
+        if not kept.ensure_running():
             raise self._reporter.ending()
+        self._machine.orphans = kept.inbox.put  # another keeper's, since gevent has patched
         if self._machine.phase is Phase.NEW and self._config.open:
             self._open()
-        gate: queue.SimpleQueue[None] = queue.SimpleQueue()
-        waiter = Waiter(get_ident(), partial(gate.put, None))
+        gate = hub.gate()
+        waiter = Waiter(threading.get_ident(), partial(gate.put, None))
         try:
             self._queue_up(waiter)
             return self._wait(waiter, gate, seconds)
@@ -98,13 +103,13 @@ class Borrowing(Upkeep):
         """
         if is_inside_with(first_of_caller(sys._getframe())):
             return True
-        me = get_ident()
+        me = threading.get_ident()
         mine = {
             id(slot.link.conn) for slot in self._machine.slots() if slot.holder == me and slot.link
         }
         return is_on_stack(mine, sys._getframe())
 
-    def _wait(self, waiter: Waiter, gate: queue.SimpleQueue[None], seconds: float) -> Slot:
+    def _wait(self, waiter: Waiter, gate: hub.Gate, seconds: float) -> Slot:
         began = clock()
         while True:
             slot = self._receive(waiter, gate, seconds, began)
@@ -115,9 +120,7 @@ class Borrowing(Upkeep):
                 # It goes back to be closed, or to the caller; no frame of ours keeps it alive.
                 del slot
 
-    def _receive(
-        self, waiter: Waiter, gate: queue.SimpleQueue[None], seconds: float, began: float
-    ) -> Slot:
+    def _receive(self, waiter: Waiter, gate: hub.Gate, seconds: float, began: float) -> Slot:
         """What was given to the waiter, as soon as something is; raises when nothing is."""
         while waiter.slot is None and waiter.refusal is None:
             left = began + seconds - clock()
@@ -242,7 +245,7 @@ class Borrowing(Upkeep):
                 _pause(fresh, clock() - began, left)
 
     def _take_or_wait(self, left: float, seconds: float, refusal: Exception | None) -> Slot:
-        slot = self._machine.take(clock(), get_ident()) if fork.page[0] else None
+        slot = self._machine.take(clock(), threading.get_ident()) if fork.page[0] else None
         if slot is None:
             try:
                 slot = self._borrow_slowly(left)
@@ -403,7 +406,7 @@ class Borrowing(Upkeep):
         self._move(self._machine.open)
 
     def _wait_until_empty(self, seconds: float) -> None:
-        mine = get_ident()
+        mine = threading.get_ident()
 
         def empty() -> bool:
             return all(
@@ -424,7 +427,7 @@ class Borrowing(Upkeep):
 
     def _wait_until(self, condition: Callable[[], bool], deadline: float) -> bool:
         """Look at `condition` after each connection that was opened, closed or given up."""
-        gate: queue.SimpleQueue[None] = queue.SimpleQueue()
+        gate = hub.gate()
         tell = partial(gate.put, None)
         self._onlookers.append(tell)
         try:
@@ -477,10 +480,9 @@ def notice_fork() -> None:
         fork.noticed()
 
 
-def _sleep_at(gate: queue.SimpleQueue[None], seconds: float) -> None:
+def _sleep_at(gate: hub.Gate, seconds: float) -> None:
     # At most LONGEST_SLEEP, since a lock takes no more; whoever sleeps looks again.
-    with suppress(queue.Empty):
-        gate.get(timeout=min(seconds, LONGEST_SLEEP))
+    hub.rest(gate, min(seconds, LONGEST_SLEEP))
 
 
 def _pause(refused: int, seconds: float, left: float) -> None:
@@ -497,9 +499,7 @@ def explain_by(error: PenstockError, refusal: Exception | None, seconds: float) 
             error.timeout = seconds
 
 
-def _wait_for(
-    condition: Callable[[], bool], gate: queue.SimpleQueue[None], deadline: float
-) -> bool:
+def _wait_for(condition: Callable[[], bool], gate: hub.Gate, deadline: float) -> bool:
     while not condition():
         left = deadline - clock()
         if left <= 0:

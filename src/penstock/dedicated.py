@@ -9,9 +9,9 @@ connection, or the caller who has gone.
 from __future__ import annotations
 
 import queue
-import threading
 from typing import TYPE_CHECKING, Any
 
+from penstock import hub
 from penstock.opening import CONNECT_SECONDS, Failure
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ class Opening:
     def __init__(self, opener: Opener, seconds: float) -> None:
         self._opener = opener
         self._seconds = min(seconds, 1e9)
-        self._answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._lock = threading.RLock()
+        self._answer = hub.gate()
+        self._lock = hub.Lock()
         self._given_up = False
 
     def run(self) -> None:
@@ -59,4 +59,7 @@ class Opening:
     def _give_up(self) -> Any:
         with self._lock:
             self._given_up = True
-            return None if self._answer.empty() else self._answer.get_nowait()
+            try:
+                return self._answer.get(False)
+            except queue.Empty:
+                return None

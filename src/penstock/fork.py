@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import weakref
+from _thread import RLock  # native also where gevent has patched: nobody waits while he holds it
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class _Turn:
     __slots__ = ("lock", "runner")
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = RLock()
         self.runner = 0  # ident of the thread that runs it
 
 

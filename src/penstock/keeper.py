@@ -1,19 +1,22 @@
-"""The keeper: one background thread per process, and connect workers on demand, for all pools.
+"""The keeper: one background runner per process, and connect workers on demand, for all pools.
 
-One job: run what pools ask for away from borrowers. The keeper's thread closes connections, brings
+One job: run what pools ask for away from borrowers. The keeper's runner closes connections, brings
 orphaned slots home and calls pools when a tick is due; the workers open connections, several at a
 time up to `CONNECT_CONCURRENCY` per process. It sleeps until something is due: an idle process is
 never woken.
 
-It must not know: what a pool decides, what a driver does. A job is a callable; a pool is reached
-through a weak reference, so that the keeper keeps none alive.
+It must not know: what a pool decides, what a driver does, whether its runners are threads or
+greenlets (`hub.py` does). A job is a callable; a pool is reached through a weak reference, so that
+the keeper keeps none alive.
 
 Started at first use *in this process*, never at import; daemon, so that it keeps no interpreter from
 ending. Parked around a fork, so that penstock alone makes no process multi-threaded when it forks.
+Where gevent patches after the keeper was made, the next to ask gets a new one; the old one's thread
+goes on with what it was told before.
 
-Locks: the inbox and the job queue are `SimpleQueue`s, whose `put` is one C call: it can be a weak
-reference's callback, run in a signal handler, and neither be interrupted nor dead-lock. `_lock`
-guards the starting and counting of threads and is never held while anything blocks.
+Locks: the inbox's `put` is one C call: it can be a weak reference's callback, run in a signal handler,
+and neither be interrupted nor dead-lock. `_lock` guards the starting and counting of runners and is
+never held while anything blocks.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ import logging
 import queue
 import sys
 import threading
+from _queue import SimpleQueue  # the native one: nobody sleeps at it
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from penstock import fork
+from penstock import fork, hub
 from penstock._machine.slot import SlotRef
 from penstock.clock import clock
 
@@ -71,28 +75,31 @@ def _nudge() -> None:
 
 
 class Keeper:
-    """The thread, its inbox and its workers. Use `current()`; a forked child has its own."""
+    """The runner, its inbox and its workers. Use `current()`; a forked child has its own."""
 
     def __init__(self) -> None:
-        self.inbox: queue.SimpleQueue[SlotRef | Job] = queue.SimpleQueue()
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._ways = hub.ways()
+        self.inbox = self._ways.inbox()
+        self._jobs: queue.SimpleQueue[Job] = SimpleQueue()
         self._timers: dict[weakref.ref[Kept], float] = {}
         self._alarms: dict[Rings, float] = {}
         # Until when the keeper sleeps; infinite while it is awake, so that it is nudged in vain
         # rather than not at all.
         self._sleeps_until = float("inf")
-        self._lock = threading.RLock()
-        self._thread: threading.Thread | None = None
-        self._workers: set[threading.Thread] = set()
+        self._lock = hub.Lock()
+        self._thread: hub.Runner | None = None
+        self._workers: set[hub.Runner] = set()
         # Workers that have nothing to do any more, and may not be gone yet.
-        self._leaving: deque[threading.Thread] = deque(maxlen=CONNECT_CONCURRENCY)
+        self._leaving: deque[hub.Runner] = deque(maxlen=CONNECT_CONCURRENCY)
+        # In a forked child: a greenlet of the parent's may be run again there, but must do nothing.
+        self._abandoned = False
         # Until when no thread starts, around a fork; it expires, in case the end was interrupted.
         self._parked_until = 0.0
 
     # -- what pools ask for -----------------------------------------------------------------------
 
     def tell(self, job: Job) -> None:
-        """Run `job` in the keeper's thread, soon. It must not block."""
+        """Run `job` in the keeper's runner, soon. It must not block."""
         self.inbox.put(job)  # first, so that an interrupt cannot lose it
         self.ensure_running()
 
@@ -122,10 +129,26 @@ class Keeper:
         """Do not ring; unknown ones are ignored."""
         self._alarms.pop(alarm, None)
 
-    # -- its threads ------------------------------------------------------------------------------
+    # -- its runners ------------------------------------------------------------------------------
+
+    def fits(self) -> bool:
+        """Whether the process still runs on what it ran on when this keeper was made."""
+        return self._ways.fit()
+
+    def take_over(self, other: Keeper) -> None:
+        """Keep, from now on, what `other` was asked to keep, and can no more."""
+        self._timers.update(other._timers)
+        self._alarms.update(other._alarms)
+
+    def abandon(self) -> None:
+        """In a forked child: whatever of this keeper is run again there ends."""
+        self._abandoned = True
+        self._jobs = SimpleQueue()
+        self._timers = {}
+        self._alarms = {}
 
     def ensure_running(self) -> bool:
-        """Start the keeper's thread unless it runs; cheap, and repeatable after an interrupt.
+        """Start the keeper's runner unless it runs; cheap, and repeatable after an interrupt.
 
         Returns:
             False when none will ever be started any more: the interpreter is ending.
@@ -142,7 +165,7 @@ class Keeper:
                 self._thread is not None and self._thread.is_alive()
             ):
                 return True
-            self._thread = threading.Thread(target=self._run, name="penstock-keeper", daemon=True)
+            self._thread = self._ways.runner(self._run, "penstock-keeper")
             _try_to_start(self._thread)
         return not _ending
 
@@ -152,10 +175,10 @@ class Keeper:
 
     def _ensure_worker(self) -> None:
         with self._lock:
-            self._workers = set(filter(threading.Thread.is_alive, self._workers))
+            self._workers = set(filter(_is_alive, self._workers))
             if len(self._workers) >= CONNECT_CONCURRENCY:
                 return
-            worker = threading.Thread(target=self._work, name="penstock-connect", daemon=True)
+            worker = self._ways.runner(self._work, "penstock-connect")
             self._workers.add(worker)
             started = _try_to_start(worker)
         if not started:  # the interpreter is ending: the keeper may still be there
@@ -167,8 +190,10 @@ class Keeper:
         Workers have FINISH_SECONDS: enough to end after what was asked of them, as it is when open()
         has returned; one that waits for a server is not waited for.
         """
+        if not self._ways.parks:
+            return
         deadline = clock() + seconds
-        thread, mine = self._thread, threading.current_thread()
+        thread, mine = self._thread, self._ways.current()
         workers = [*self._workers, *self._leaving]
         if thread is mine or mine in workers or (thread is None and not workers):
             return
@@ -192,26 +217,30 @@ class Keeper:
         """Told to stop: whether to go on all the same. Under the lock, so that unpark() knows."""
         with self._lock:
             parked = clock() < self._parked_until
-            if parked and self._thread is threading.current_thread():
+            if parked and self._thread is self._ways.current():
                 self._thread = None
             return not parked
 
-    # -- the keeper's thread ----------------------------------------------------------------------
+    # -- the keeper's runner ----------------------------------------------------------------------
 
     def _run(self) -> None:
         # A start that was interrupted may have succeeded, and another one been made: one goes on.
-        while self._thread is threading.current_thread() and self._lap():
+        while self._thread is self._ways.current() and self._lap():
             pass
 
     def _lap(self) -> bool:
         try:
             return self._step()
-        except BaseException:  # noqa: BLE001  whatever strikes here, the keeper goes on
+        except BaseException as error:  # noqa: BLE001  whatever strikes here, the keeper goes on
+            if self._ways.ends(error):
+                return False
             _log.exception("the keeper goes on after an error")
             return True
 
     def _step(self) -> bool:
         item = self._next()
+        if self._abandoned:
+            return False
         if item is _stop:
             return self._leave()
         if item is None:
@@ -229,13 +258,17 @@ class Keeper:
         when = min(due, default=None)
         if when is None:
             self._sleeps_until = float("inf")
-            return self.inbox.get()
+            return self._received(None)
         self._sleeps_until = when
         try:
             # At most 1e6 s, since a lock takes no more; then it looks again.
-            return self.inbox.get(timeout=min(max(0.0, when - clock()), 1e6))
+            return self._received(min(max(0.0, when - clock()), 1e6))
         except queue.Empty:
             return None
+
+    def _received(self, seconds: float | None) -> SlotRef | Job | None:
+        item: SlotRef | Job | None = self.inbox.get(timeout=seconds)
+        return item
 
     def _tick_due(self) -> None:
         now = clock()
@@ -250,7 +283,7 @@ class Keeper:
                 self._alarms.pop(alarm, None)
                 alarm.ring()
 
-    # -- the workers' threads ---------------------------------------------------------------------
+    # -- the workers' runners ---------------------------------------------------------------------
 
     def _work(self) -> None:
         while self._work_once():
@@ -263,7 +296,9 @@ class Keeper:
             return self._stay()
         try:
             job()
-        except BaseException:  # noqa: BLE001  one job's error must not end the others
+        except BaseException as error:  # noqa: BLE001  one job's error must not end the others
+            if self._ways.ends(error):
+                return False
             _log.exception("a connect worker goes on after an error")
         return True
 
@@ -271,14 +306,21 @@ class Keeper:
         # Under the lock: whoever puts a job in looks under it whether a worker is there.
         with self._lock:
             if self._jobs.empty():
-                self._leaving.append(threading.current_thread())
-                self._workers.discard(threading.current_thread())
+                worker: Any = self._ways.current()
+                if worker in self._workers:  # else the keeper works, for want of a worker
+                    self._leaving.append(worker)
+                    self._workers.discard(worker)
                 return False
             return True
 
 
-def _wait_gone(thread: threading.Thread | None, deadline: float) -> None:
-    if thread is not None and thread.ident is not None:  # a start can have been interrupted
+def _is_alive(runner: hub.Runner) -> bool:
+    return runner.is_alive()
+
+
+def _wait_gone(thread: hub.Runner | None, deadline: float) -> None:
+    # A start can have been interrupted.
+    if isinstance(thread, threading.Thread) and thread.ident is not None:
         fork.wait_gone(thread, max(0.0, deadline - clock()))
 
 
@@ -286,9 +328,9 @@ def _wait_gone(thread: threading.Thread | None, deadline: float) -> None:
 _ending: list[bool] = []
 
 
-def _try_to_start(thread: threading.Thread) -> bool:
+def _try_to_start(runner: hub.Runner) -> bool:
     try:
-        thread.start()
+        runner.start()
     except RuntimeError as error:  # the interpreter is ending, or the system has no thread left
         if "shutdown" in str(error):  # CPython's word, from 3.12 on; before, nothing is said
             _ending.append(True)
@@ -324,18 +366,21 @@ def on_stray(let_go: Callable[[SlotRef], object]) -> None:
 
 # -- one per process ------------------------------------------------------------------------------
 
-_keepers: list[Keeper] = []  # one or none; a list, so that taking and giving are atomic
+# The one to use first, or none; after it those of before gevent patched. A list, so that taking and
+# giving are atomic.
+_keepers: list[Keeper] = []
 
 
 def current() -> Keeper:
-    """This process's keeper; made at first use, its thread not started yet."""
+    """This process's keeper; made at first use, its runner not started yet."""
     try:
-        return _keepers[0]
+        kept = _keepers[0]
     except IndexError:
         return _make()
+    return kept if kept.fits() else _make()
 
 
-_making = [threading.RLock()]
+_making = [hub.Lock()]
 
 
 def _make() -> Keeper:
@@ -345,7 +390,17 @@ def _make() -> Keeper:
     with _making[0]:
         if not _keepers:
             _keepers.append(Keeper())  # last: an interrupt before it leaves all of this to the next
+        elif not _keepers[0].fits():
+            _replace(_keepers[0])
     return _keepers[0]
+
+
+def _replace(former: Keeper) -> None:
+    """Make another: gevent has patched since, or its hub was destroyed."""
+    kept = Keeper()
+    kept.take_over(former)
+    _keepers.insert(0, kept)
+    kept.ensure_running()
 
 
 def _park(seconds: float) -> None:
@@ -360,5 +415,7 @@ def _unpark() -> None:
 
 def _forget() -> None:
     """In a forked child: the inherited keeper has no thread, and its lock may be held for ever."""
-    _making[0] = threading.RLock()
+    _making[0] = hub.Lock()
+    for keeper in tuple(_keepers):
+        keeper.abandon()
     _keepers.clear()

@@ -4,7 +4,8 @@ One job: the two ends of a borrow, as fast as Python allows. `Lease` is the plai
 is for pools and borrows with options (`on_borrow`, `settings`, a reset, ...), which cost more.
 
 It must not know: how a slot is found when none is idle, how a connection is cleaned; it asks its
-pool. It takes no lock.
+pool. It takes no lock. Who borrows is asked of `threading` each time, and not kept by name: gevent
+replaces `get_ident` when it patches, and all greenlets of a thread have one native number.
 
 The rules of an interrupt (it can strike after any call of a C function):
 
@@ -19,7 +20,7 @@ The rules of an interrupt (it can strike after any call of a C function):
 
 from __future__ import annotations
 
-from threading import get_ident
+import threading
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from penstock._machine.machine import IDLE, IN_USE, LOOK_AGAIN
@@ -52,7 +53,7 @@ class Lease(Generic[ConnT]):
         slot = None
         try:
             if page[0]:
-                slot = pool._machine.take(clock(), get_ident())
+                slot = pool._machine.take(clock(), threading.get_ident())
             if slot is None:
                 slot = pool._borrow_slowly()
             self._slot = slot
@@ -117,7 +118,7 @@ class PgconnLease(Lease[ConnT]):
                         and now < slot.retire_at
                         and now - slot.borrowed_at < machine.ping_after
                     ):
-                        slot.holder = get_ident()
+                        slot.holder = threading.get_ident()
                         slot.borrowed_at = now
                         slot.state = IN_USE
                     else:
@@ -155,6 +156,86 @@ class PgconnLease(Lease[ConnT]):
                     handle.transaction_status
                     or handle.pipeline_status
                     or link.touched
+                    or machine.waiters
+                    or slot.epoch != machine.epoch
+                ):
+                    slot.ref.borrows += 1  # type: ignore[union-attr]  # the epoch: it is ours
+                    slot.state = IDLE
+                    machine.idle.append(slot)
+                    if machine.waiters:
+                        self._pool._look_again()
+                    return
+            self._pool._give_back(slot, error)
+        except BaseException:
+            slot = None
+            self._pool._cut_short()
+            raise
+
+
+class ClassLease(Lease[ConnT]):
+    """`Lease` for links of psycopg2's shape, with everything it calls written out.
+
+    As `PgconnLease`, for the same reason and held by the same test.
+    """
+
+    __slots__ = ()
+
+    def __enter__(self) -> ConnT:
+        pool = self._pool
+        slot = None
+        try:
+            if page[0]:
+                machine = pool._machine
+                now = clock()
+                try:
+                    slot = machine._pop()
+                except IndexError:
+                    slot = None
+                else:
+                    if (
+                        slot.epoch == machine.epoch
+                        and now < slot.retire_at
+                        and now - slot.borrowed_at < machine.ping_after
+                    ):
+                        slot.holder = threading.get_ident()
+                        slot.borrowed_at = now
+                        slot.state = IN_USE
+                    else:
+                        machine.aside.append(slot)
+                        slot = None
+            if slot is None:
+                slot = pool._borrow_slowly()
+            self._slot = slot
+            link = slot.link
+            conn = link.conn
+            conn.__class__ = link.live
+            return conn  # type: ignore[no-any-return]  # as above
+        except BaseException:
+            slot = self._slot = None
+            pool._cut_short()
+            raise
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        slot = self._slot
+        self._slot = None
+        if slot is None:
+            return
+        try:
+            if exc_type is None:
+                link = slot.link
+                conn = link.conn
+                conn.__class__ = link.dead
+                machine = self._pool._machine
+                if not (
+                    link.status()  # IDLE is 0 in libpq, and READY 1 in psycopg2
+                    or conn.status != 1
+                    or link.touched
+                    or link.odd_types
                     or machine.waiters
                     or slot.epoch != machine.epoch
                 ):

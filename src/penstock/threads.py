@@ -22,17 +22,16 @@ import threading
 import weakref
 from contextlib import contextmanager
 from functools import partial
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
 
-from penstock import _drivers, fork, keeper, watch
+from penstock import _drivers, fork, hub, keeper, watch
 from penstock._machine.locked import LockedMachine
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
 from penstock.borrowing import FOREVER, Borrowing, notice_fork
 from penstock.clock import clock
 from penstock.config import PoolConfig
 from penstock.dedicated import Opening
-from penstock.lease import CarefulLease, Lease, PgconnLease
+from penstock.lease import CarefulLease, ClassLease, Lease, PgconnLease
 from penstock.opening import Opener
 from penstock.reports import Health, Reporter
 from penstock.result import Result
@@ -132,7 +131,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         self._timeout = FOREVER if config.timeout is None else config.timeout
         self._lease = _lease_class(self._driver)
         self._plain = _wants_nothing_special(config)
-        self._lock = threading.RLock()
+        self._lock = hub.Lock()
         self._opener = Opener(config, self._driver, self.name)
         self._machine = self._new_machine(config)
         self._reporter = Reporter(self.name, self._machine, self._driver)
@@ -204,7 +203,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         slot = None
         try:
             if timeout is None and self._plain and fork.page[0]:
-                slot = self._machine.take(clock(), get_ident())
+                slot = self._machine.take(clock(), threading.get_ident())
             if slot is None:
                 slot = self._borrow_carefully(timeout, None, None)
             else:
@@ -430,7 +429,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
 
     def after_fork_in_child(self) -> None:
         """Let go of everything inherited: no session is shared, the parent's live on."""
-        self._lock = threading.RLock()
+        self._lock = hub.Lock()
         self._machine.orphans = keeper.current().inbox.put
         if isinstance(self._machine, LockedMachine):
             self._machine.lock = self._lock
@@ -481,8 +480,11 @@ def _wants_nothing_special(config: PoolConfig) -> bool:
 
 def _lease_class(driver: Any) -> type[Lease[Any]]:
     """The fastest plain lease that is right for this driver and this interpreter."""
-    written_out = getattr(driver, "pgconn_shaped", False) and _has_global_lock()
-    return PgconnLease if written_out else Lease
+    if not _has_global_lock():
+        return Lease
+    if getattr(driver, "pgconn_shaped", False):
+        return PgconnLease
+    return ClassLease if getattr(driver, "class_shaped", False) else Lease
 
 
 def _from_config(cls: type[ConnectionPool[Any]], config: PoolConfig) -> ConnectionPool[Any]:

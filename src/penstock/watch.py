@@ -1,9 +1,10 @@
-"""Who hung up? One epoll and one sleeping thread for all connections of the process.
+"""Who hung up? One epoll for all connections of the process, and one sleeping thread or gevent's hub.
 
 Each connection's descriptor is registered with ``EPOLLRDHUP | EPOLLONESHOT`` and without EPOLLIN:
-ordinary traffic never wakes the thread (0 wake-ups in 10,000 queries and notifications), a server
+ordinary traffic never wakes it (0 wake-ups in 10,000 queries and notifications), a server
 that closes does, 7 to 10 us later, once. Where there is no epoll, `available()` is False, a `Watch`
-does nothing, and the runtime looks at the socket at each borrow.
+does nothing, and the runtime looks at the socket at each borrow. On gevent there is no thread: the hub
+waits for the epoll's own descriptor (`hub.listen`), decided when the epoll is made, in each process.
 
 It must not know: slots, pools, drivers. A token is whatever its owner gave; `hung_up` says the rest.
 
@@ -20,12 +21,10 @@ import errno
 import itertools
 import logging
 import os
-import select
-import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from penstock import fork
+from penstock import fork, hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,18 +45,12 @@ _serials = itertools.count(1)
 
 def available() -> bool:
     """Tell whether this system can watch; if not, look at the socket at each borrow."""
-    return _original("epoll") is not None and hasattr(os, "eventfd")
+    return _select("epoll") is not None and hasattr(os, "eventfd")
 
 
-def _original(name: str) -> Any:
-    """Give what `select` had before gevent patched it, or None: gevent deletes `epoll`."""
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is not None and monkey.is_module_patched("select"):
-        try:
-            return monkey.get_original("select", name)
-        except AttributeError:
-            return None
-    return getattr(select, name, None)
+def _select(name: str) -> Any:
+    """What `select` has: gevent deletes `epoll`, and replaces `poll` by one that waits in the hub."""
+    return hub.original("select", name)
 
 
 class _Entry:
@@ -99,8 +92,8 @@ class Watch:
         hung_up: called as ``hung_up(token, fd)`` in the watcher's thread (or by `collect`). It must
             be cheap, must not block, and must check that `token` still has that descriptor; it may
             be called twice for one end. Its errors are logged.
-        threaded: False starts no thread: an event loop waits for `fileno()` to become readable and
-            calls `collect`.
+        threaded: False starts no thread and asks no hub: an event loop waits for `fileno()` to become
+            readable and calls `collect`.
 
     Attributes:
         wakeups: how often something came out of the epoll, for tests and statistics.
@@ -111,15 +104,18 @@ class Watch:
         self._hung_up = hung_up
         self._threaded = threaded
         self._entries: dict[int, _Entry] = {}
-        self._lock = threading.Lock()
-        self._changing = threading.RLock()
+        self._lock = hub.Lock()
+        self._changing = hub.Lock()
         self._ep: Any = None
         self._wake = -1  # an eventfd
         self._run: _Run | None = None
+        self._listener: Any = None  # on gevent: what makes the hub collect
+        self._missed = False  # on gevent: a collection was cut short
 
     def __repr__(self) -> str:
         run = self._run
-        state = "running" if run is not None and run.thread.is_alive() else "not running"
+        runs = self._listens() or (run is not None and run.thread.is_alive())
+        state = "running" if runs else "not running"
         return f"<Watch {state}: {len(self._entries)} watched, {self.wakeups} wake-ups>"
 
     def add(self, fd: int, token: Any) -> int:
@@ -237,13 +233,16 @@ class Watch:
 
     def after_fork_in_child(self) -> None:
         """Forget what was inherited; repeatable. The new epoll is made at the next `add`."""
-        self._lock = threading.Lock()  # another thread may have held the old one
-        self._changing = threading.RLock()
+        self._lock = hub.Lock()  # another thread may have held the old one
+        self._changing = hub.Lock()
         self._run = None
         self._drop_all()
 
     def _drop_all(self) -> None:
         self._entries = {}
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
         ep, self._ep = self._ep, None
         wake, self._wake = self._wake, -1
         if ep is not None:
@@ -261,17 +260,43 @@ class Watch:
         fork.on_before(self.stop)
         fork.on_after_in_parent(self.start)
         fork.on_after_in_child(self.after_fork_in_child)
-        ep = _original("epoll")()
+        ep = _select("epoll")()
+        if self._threaded:
+            self._listener = hub.listen(ep.fileno(), self._collect_in_hub)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         ep.register(self._wake, _EPOLLIN)
         self._ep = ep
 
+    def _listens(self) -> bool:
+        return self._listener is not None and bool(self._listener.fit())
+
     def _start(self) -> None:
+        if self._listener is not None:
+            self._listen_again()
+            return
         run = self._run
         if run is not None and not run.stopping and run.thread.is_alive():
             return
         with self._lock:
             self._start_locked()
+
+    def _listen_again(self) -> None:
+        """The hub that listened may have been destroyed: find the one that is there now."""
+        with self._lock:
+            if not self._listens():
+                self._listener = hub.listen(self._ep.fileno(), self._collect_in_hub)
+
+    def _collect_in_hub(self) -> None:
+        """As one lap of the thread: what an interrupt cuts off is swept up right after."""
+        try:
+            if self._missed:
+                self.sweep()
+            self._missed = True
+            self.collect()
+            self._missed = False
+        except BaseException:  # noqa: BLE001  a hub prints what it is not spared
+            self.sweep()
+            _log.exception("the watcher goes on after an error")
 
     def _start_locked(self) -> None:
         run = self._run
@@ -363,7 +388,7 @@ def _unregister(ep: Any, fd: int) -> None:
 
 
 def _ended(fd: int) -> bool:
-    poll = _original("poll")()
+    poll = _select("poll")()
     poll.register(fd, _RDHUP)
     return any(events & _ENDED for _, events in poll.poll(0))
 

@@ -354,7 +354,7 @@ def test_it_finds_the_epoll_that_gevent_took_away(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "gevent.monkey", fake)
     monkeypatch.delattr(select, "epoll")
     assert watch.available()
-    assert watch._original("epoll") is epoll
+    assert watch._select("epoll") is epoll
 
 
 def test_without_epoll_it_does_nothing_and_says_so(

@@ -53,7 +53,7 @@ def test_a_slot_is_taken_the_same_in_the_lease_as_in_take():
     take = fit_test(method(MACHINE, "Machine", "take"))
     lease = fit_test(method(LEASE, "PgconnLease", "__enter__"))
     taken = [said(line) for line in take.body if isinstance(line, ast.Assign)]
-    written_out = [said(line).replace("get_ident()", "holder") for line in lease.body]
+    written_out = [said(line).replace("threading.get_ident()", "holder") for line in lease.body]
     assert taken == written_out
 
 

@@ -1,0 +1,195 @@
+"""Threads or gevent? The one place that knows what this process runs on, and what follows from it.
+
+gevent turns a process's threads into greenlets by patching the standard library, at any time: a worker
+of `gunicorn --preload -k gevent` patches long after the application was imported and its pools were
+made. So nothing here is decided at import. Each question is asked when something is made (a gate for
+one who waits, the keeper, the watcher), and again in a forked child, where all of it is made anew.
+
+Locks are native in both cases (`Lock`): ours are held for one move and never while anything waits, so
+that no greenlet is ever switched out with one, and a patched lock is Python code that an interrupt
+can leave locked.
+
+It must not know: pools, slots, drivers. gevent is imported by `greenlets.py`, which is imported only
+where gevent has patched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import sys
+import threading
+from _queue import SimpleQueue  # the native one, whatever is patched
+from _thread import RLock, _local
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from types import FrameType
+
+Lock: Final = RLock
+
+# The runner of each thread. Not `threading.current_thread()`: once gevent has patched, that tells a
+# thread of before that it is another one.
+_here = _local()
+
+
+class Gate(Protocol):
+    """What a borrower, or the keeper, sleeps at."""
+
+    def put(self, item: Any, /) -> object:
+        """Wake who sleeps. For any thread, any greenlet and as any weak reference's callback."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """Wait for something that was put in; raises `queue.Empty` when the time is up."""
+
+
+class Runner(Protocol):
+    """A thread or a greenlet that runs one function."""
+
+    def start(self) -> None:
+        """Have it run; returns at once, or as soon as a thread has begun."""
+
+    def is_alive(self) -> bool:
+        """Whether it was started and has not ended."""
+
+
+class Ways(Protocol):
+    """How a process works in the background."""
+
+    #: Whether its runners are threads of the system, which must be parked around a fork.
+    parks: bool
+
+    def fit(self) -> bool:
+        """Whether the process still runs on what it ran on when these were made."""
+
+    def inbox(self) -> Gate:
+        """What a runner waits at: being in it keeps no process and no hub from ending."""
+
+    def runner(self, run: Callable[[], object], name: str) -> Runner:
+        """Make one that runs `run`; it does not run yet."""
+
+    def current(self) -> object:
+        """The runner that calls; something else if it is none of these ways."""
+
+    def ends(self, error: BaseException) -> bool:
+        """Whether `error` is a runner's wish to end, and not to be survived."""
+
+
+class _Thread(threading.Thread):
+    """A daemon thread that knows itself."""
+
+    def run(self) -> None:
+        """Run the target."""
+        _here.runner = self
+        super().run()
+
+
+class Threads:
+    """Daemon threads and the system's own queues."""
+
+    parks = True
+
+    def fit(self) -> bool:
+        """Until gevent patches."""
+        return not is_green()
+
+    def inbox(self) -> Gate:
+        """A queue whose `put` is one C call."""
+        return _native_gate()
+
+    def runner(self, run: Callable[[], object], name: str) -> Runner:
+        """A daemon thread."""
+        return _Thread(target=run, name=name, daemon=True)
+
+    def current(self) -> object:
+        """The calling thread, if it is a runner."""
+        return getattr(_here, "runner", None)
+
+    def ends(self, _error: BaseException) -> bool:
+        """Never: whatever strikes, a thread goes on."""
+        return False
+
+
+def is_green() -> bool:
+    """Whether threads are greenlets in this process, now."""
+    return _patched("threading")
+
+
+def has_green_waits() -> bool:
+    """Whether waiting for a descriptor switches to other greenlets in this process, now."""
+    return _patched("select")
+
+
+def _patched(module: str) -> bool:
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched(module))
+
+
+def original(module: str, name: str) -> Any:
+    """What a module had under a name before gevent patched it; None if it never had it."""
+    if _patched(module):
+        try:
+            return sys.modules["gevent.monkey"].get_original(module, name)
+        except AttributeError:
+            return None
+    return getattr(sys.modules[module], name, None)
+
+
+def gate() -> Gate:
+    """What the calling thread or greenlet can sleep at."""
+    if is_green():
+        from penstock import greenlets  # noqa: PLC0415  gevent is there, so it may be imported
+
+        return greenlets.Gate()
+    return _native_gate()
+
+
+def _native_gate() -> Gate:
+    place: SimpleQueue[Any] = SimpleQueue()
+    return place
+
+
+def ways() -> Ways:
+    """How this process works in the background, as of now."""
+    if is_green():
+        from penstock import greenlets  # noqa: PLC0415  as above
+
+        return greenlets.Greenlets()
+    return Threads()
+
+
+def listen(fd: int, call: Callable[[], object]) -> Any:
+    """On gevent: have the hub call `call` while `fd` is readable; None on threads."""
+    if not is_green():
+        return None
+    from penstock import greenlets  # noqa: PLC0415  as above
+
+    return greenlets.Listener(fd, call)
+
+
+def is_running_callbacks() -> bool:
+    """Whether the caller is gevent's hub itself, which cannot wait for anything."""
+    if not is_green():
+        return False
+    from penstock import greenlets  # noqa: PLC0415  as above
+
+    return greenlets.is_hub()
+
+
+def whereabouts(idents: Iterable[int]) -> tuple[Mapping[int, FrameType] | None, Mapping[int, str]]:
+    """Where the greenlets with these idents stand, and what they are called; (None, {}) on threads.
+
+    It looks at every object that the garbage collector knows: for error reports, not for a hot path.
+    """
+    if not is_green():
+        return None, {}
+    from penstock import greenlets  # noqa: PLC0415  as above
+
+    return greenlets.whereabouts(set(idents))
+
+
+def rest(place: Gate, seconds: float) -> None:
+    """Sleep at a gate until something is put in, or for so long."""
+    with contextlib.suppress(queue.Empty):
+        place.get(timeout=seconds)
