@@ -259,7 +259,7 @@ class Loans:
                 f"{self.where} ended while a statement of its own is under way (a COPY or a "
                 "stream() that was not read to its end): nothing was committed",
                 pool=loan.name,
-                next_step="read or close it first, or answer with db.stream()",
+                next_step="read or close it first, or answer with a stream of it",
             )
         elif status == IN_TRANSACTION and not (loan.streams and not loan.has_written()):
             loan.commit()
