@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock import hub
 from penstock.opening import CONNECT_SECONDS, Failure
+from penstock.upkeep import prepare_drivers
 
 if TYPE_CHECKING:
     from penstock.opening import Opener
@@ -31,6 +32,7 @@ class Opening:
 
     def run(self) -> None:
         """In a worker."""
+        prepare_drivers()
         try:
             answer = self._opener.open(min(self._seconds, CONNECT_SECONDS))
         except BaseException as error:  # noqa: BLE001  handed to whoever waits

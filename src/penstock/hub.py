@@ -126,6 +126,26 @@ def _patched(module: str) -> bool:
     return monkey is not None and bool(monkey.is_module_patched(module))
 
 
+def when_patched(call: Callable[[], object]) -> None:
+    """Call `call` when gevent patches later on; known only where gevent was imported by now.
+
+    A process that borrows before it patches would else not look again while connections are idle.
+    """
+    events: Any = sys.modules.get("gevent.events")
+    if events is None or has_green_waits() or call in _told:
+        return
+    _told.append(call)
+
+    def tell(event: object) -> None:
+        if isinstance(event, events.GeventDidPatchAllEvent):
+            call()
+
+    events.subscribers.append(tell)
+
+
+_told: list[Callable[[], object]] = []
+
+
 def original(module: str, name: str) -> Any:
     """What a module had under a name before gevent patched it; None if it never had it."""
     if _patched(module):

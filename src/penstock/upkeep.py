@@ -14,7 +14,8 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock import keeper, watch
+from penstock import hub, keeper, watch
+from penstock._drivers import green
 from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TickAt
 from penstock._machine.slot import Reason, Slot, SlotRef
 from penstock.clock import clock
@@ -22,7 +23,6 @@ from penstock.errors import PenstockError
 from penstock.opening import CONNECT_SECONDS, Failure
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable
 
     from penstock._machine.machine import Machine
@@ -41,7 +41,7 @@ class Upkeep:
 
     name: str
     _config: PoolConfig
-    _lock: threading.RLock
+    _lock: Any  # of `hub.Lock`
     _machine: Machine
     _opener: Opener
     _reporter: Reporter
@@ -123,6 +123,7 @@ class Upkeep:
         and dropped would not come home, and would look as if its borrower had it still.
         """
         slot = place.pop()
+        prepare_drivers()
         try:
             link = self._opener.open(CONNECT_SECONDS)
             _watch(link, slot.ref)
@@ -214,6 +215,14 @@ class Upkeep:
     def _tell_onlookers(self) -> None:
         for tell in list(self._onlookers):
             tell()
+
+
+def prepare_drivers() -> None:
+    """Before a connection is opened: on gevent, have the drivers' libraries wait in the hub."""
+    if hub.has_green_waits():
+        green.put_right()
+    else:
+        hub.when_patched(green.put_right)
 
 
 def _call(job: Callable[[], object]) -> None:
