@@ -445,6 +445,12 @@ def aborts_in_the_middle(db):
     bottle.abort(409)
 
 
+def redirects_in_the_middle(db):
+    write(db)
+    yield "begun"
+    bottle.redirect("/elsewhere")  # too late
+
+
 def redirects_at_once(db):
     write(db)
     bottle.redirect("/elsewhere")
@@ -487,6 +493,7 @@ STREAMS: dict[str, Any] = {
     "raises in the middle": (raises_in_the_middle, None, False),
     "aborts before the first chunk": (aborts_at_once, 409, False),
     "aborts in the middle": (aborts_in_the_middle, None, False),
+    "redirects in the middle": (redirects_in_the_middle, None, False),
     "redirects before the first chunk": (redirects_at_once, 303, True),
     "yields a response": (yields_a_response, 201, True),
     "yields an error": (yields_an_error, 404, False),
@@ -504,13 +511,20 @@ def test_however_a_stream_ends(name, shop, outside):
     served = Served(shop.app)
     try:
         list(served.chunks)
-    except (ValueError, bottle.HTTPError):
+    except (ValueError, bottle.HTTPResponse):
         assert status is None
     else:
         assert served.status_code == status
     served.close()
     assert shop.all_are_back(), repr(shop.pool)
     assert ("work" in kept(outside)) == keeps
+
+
+def test_a_stream_that_only_notifies_is_committed_too(shop, outside):
+    outside.execute("listen news")
+    shop.app.get("/", callback=lambda db: (str(db.execute("notify news")) for _ in "1"))
+    shop.get()
+    assert [note.channel for note in outside.notifies(timeout=10, stop_after=1)] == ["news"]
 
 
 def test_a_file_needs_no_connection(shop, tmp_path):
