@@ -15,6 +15,7 @@ import inspect
 import os
 import random
 import socket
+from functools import partial
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
@@ -23,7 +24,7 @@ import asyncpg
 
 from penstock._drivers.asyncpg_passfile import password_for
 from penstock._drivers.asyncpg_tls import tls_options
-from penstock._drivers.side_threads import SideThreads
+from penstock._drivers.side_threads import call_aside
 from penstock.conninfo import KEYWORDS, Wrong, read, to_url
 from penstock.secret import Secret, is_secret
 
@@ -80,8 +81,6 @@ _ENVIRONMENT: Final = {
 }
 # Where servers put their sockets: what asyncpg tries, and libpq on Debian and elsewhere.
 _SOCKET_FOLDERS: Final = ("/run/postgresql", "/var/run/postgresql", "/tmp")  # noqa: S108
-
-_lookups: Final = SideThreads()
 
 
 def words_of(recipe: Recipe) -> tuple[Words, Words]:
@@ -197,7 +196,7 @@ async def addresses_of(host: str, port: str, deadline: float) -> list[str]:
             continue
         return [host]
     try:
-        found = await _lookups.call(
+        found = await call_aside(
             (host, port),
             lambda: socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM),
             deadline,
@@ -295,13 +294,37 @@ async def _connected(
     given = {key: each for key, each in options.items() if key not in {"ssl", "direct_tls"}}
     given |= {**account, **tls, "timeout": left, "connection_class": cls}
     given |= _server_settings(attempt, options, recipe)
+    given |= {"host": attempt["address"], "port": int(attempt["port"])}
+    where = attempt["host"] if is_local else f"{attempt['address']}:{attempt['port']}"
+    return await _connected_by(given, where)
+
+
+async def _connected_by(given: Words, where: str) -> Any:
+    """As `asyncpg.connect`, but its frames, which hold the password, are in no traceback."""
+    failure: BaseException
     try:
-        return await asyncpg.connect(host=attempt["address"], port=int(attempt["port"]), **given)
-    except TimeoutError as error:
-        if str(error):
-            raise
-        where = attempt["host"] if is_local else f"{attempt['address']}:{attempt['port']}"
-        raise TimeoutError(f"no connection to {where} in time") from None
+        return await asyncpg.connect(**given)
+    except BaseException as error:  # noqa: BLE001  raised below
+        failure = error
+    if isinstance(failure, TimeoutError) and not str(failure):
+        raise TimeoutError(f"no connection to {where} in time")
+    try:
+        raise _without_frames(failure)
+    finally:
+        del failure  # it holds this frame, and this frame held it
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """The error, of whose chain no frame is kept."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        found = pending.pop()
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            found.__traceback__ = None
+            pending += [found.__cause__, found.__context__]
+    return error
 
 
 def _account(words: Words, options: Words) -> Words:
@@ -311,6 +334,10 @@ def _account(words: Words, options: Words) -> Words:
     password = options.get("password", words.get("password"))
     if password is None:
         password = password_for(words, user, database)
+    if isinstance(password, str):
+        # Called when it is sent, so that it is not in the connection's parameters; and asyncpg
+        # takes no subclass of str.
+        password = partial(str, Secret(password))
     kept = ("krbsrvname", "gsslib", "target_session_attrs")
     same = {key: words[key] for key in kept if key in words}
     return {"user": user, "database": database, "password": password, **same}
@@ -338,7 +365,9 @@ async def _connect_by_service(
     given = {**options, **_server_settings(words, options, recipe)}
     until = _share_of(words, options, deadline, 1)
     given["timeout"] = None if until == inf else max(0.001, until - monotonic())
-    return await asyncpg.connect(to_url(kept), connection_class=cls, **given)
+    return await _connected_by(
+        {"dsn": str(to_url(kept)), "connection_class": cls, **given}, "the service's server"
+    )
 
 
 # --- after connecting

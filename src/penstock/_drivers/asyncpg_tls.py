@@ -47,7 +47,7 @@ def tls_options(words: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
             return {"ssl": False}
         if mode in {"allow", "prefer"}:  # asyncpg's to try both ways
             kept = {key: words[key] for key in (*_FILES, *_VERSIONS) if words.get(key)}
-            return {"dsn": to_url({"sslmode": mode, **kept}), "ssl": mode, **direct}
+            return {"dsn": str(to_url({"sslmode": mode, **kept})), "ssl": mode, **direct}
         return {"ssl": Named(_context(mode, words), _name(words)), **direct}
     if given is False:
         return {"ssl": False}
