@@ -174,8 +174,12 @@ class Borrowing(Upkeep):
 
     def _accept_once(self, slot: Slot, waiter: Waiter, left: float) -> bool:
         try:
-            if slot.state is SlotState.PINGING and not self._make_sure(slot, waiter, left):
-                return False
+            if slot.state is SlotState.PINGING:
+                alive = self._make_sure(slot.link, left, reset_pending=slot.reset_pending)
+                slot.reset_pending = False
+                self._pinged(slot, waiter, alive=alive)
+                if not alive:
+                    return False
             if slot.epoch != self._machine.epoch:
                 self._reconsider(slot, waiter)
             return slot.state is SlotState.IN_USE
@@ -188,21 +192,18 @@ class Borrowing(Upkeep):
             orders = self._machine.reconsider(slot, waiter, clock())
         self._carry_out(orders)
 
-    def _make_sure(self, slot: Slot, waiter: Waiter, left: float) -> bool:
-        """Ping a slot that is in doubt, or read the answer to its reset; the borrower's own time."""
+    def _make_sure(self, link: Any, left: float, *, reset_pending: bool) -> bool:
+        """Ping a link that is in doubt, or read the answer to its reset; the borrower's own time."""
         seconds = max(LEAST_PING_SECONDS, min(PING_SECONDS, left * PING_SHARE))
-        if slot.reset_pending:
-            slot.reset_pending = False
-            alive = slot.link.finish_reset(seconds)
-        else:
-            alive = slot.link.ping(seconds)
+        return bool(link.finish_reset(seconds) if reset_pending else link.ping(seconds))
+
+    def _pinged(self, slot: Slot, waiter: Waiter, *, alive: bool) -> None:
         with self._lock:
             if alive:
                 orders = self._machine.pinged(slot, clock())
             else:
                 orders = self._machine.ping_failed(slot, waiter, clock())
         self._carry_out(orders)
-        return bool(alive)
 
     # -- a borrow with options --------------------------------------------------------------------
 
@@ -221,11 +222,12 @@ class Borrowing(Upkeep):
         slot = self._borrow_checked(seconds, clock() + seconds)
         try:
             self._equip(slot.link, autocommit, settings, clock() + seconds)
+            return slot
         except Exception as error:
             self._give_back(slot, error)
-            del slot
             raise
-        return slot
+        finally:
+            del slot  # it goes back, or to the caller, or home: no frame of ours keeps it alive
 
     def _borrow_checked(self, seconds: float, deadline: float) -> Slot:
         """A slot for which `check` does not raise; a refused one is closed, and another one taken."""
@@ -234,12 +236,15 @@ class Borrowing(Upkeep):
         refusal: Exception | None = None
         while True:
             slot = self._take_or_wait(left, seconds, refusal)
-            refusal = self._check(slot, deadline)
-            if refusal is None:
-                return slot
-            # That an old connection is refused says nothing; a new one is like a failed connect.
-            fresh += slot.opened_at >= began
-            del slot
+            try:
+                refusal = self._check(slot.link, deadline)
+                if refusal is None:
+                    return slot
+                self._refuse(slot)
+                # That an old connection is refused says nothing; a new one is like a failed connect.
+                fresh += slot.opened_at >= began
+            finally:
+                del slot  # as above
             left = max(0.0, deadline - clock())
             if fresh:
                 _pause(fresh, clock() - began, left)
@@ -255,19 +260,18 @@ class Borrowing(Upkeep):
         slot.link.lend()
         return slot
 
-    def _check(self, slot: Slot, deadline: float) -> Exception | None:
-        """Why not to lend it: it hung up, or the user's `check` raised; then it is closed."""
-        link = slot.link
+    def _check(self, link: Any, deadline: float) -> Exception | None:
+        """Why not to lend it: it hung up, or the user's `check` raised."""
         if not watch.available() and link.hung_up():
-            link.park()
-            self._return(slot, Verdict.BROKEN)
             return self._too_late("the server ended the session")
         check = self._config.check
-        refusal = None if check is None else self._call(check, link, deadline - clock(), "check=")
-        if refusal is not None:
-            link.park()
-            self._return(slot, Verdict.UNCLEAN)
-        return refusal
+        return None if check is None else self._call(check, link, deadline - clock(), "check=")
+
+    def _refuse(self, slot: Slot) -> None:
+        """What did not pass is closed."""
+        slot.link.park()
+        broken = slot.link.activity() is Activity.BROKEN
+        self._return(slot, Verdict.BROKEN if broken else Verdict.UNCLEAN)
 
     def _equip(
         self,
@@ -318,8 +322,9 @@ class Borrowing(Upkeep):
         failure: Exception | None = None
         try:
             if error is None:
-                failure = self._commit(slot)
-            verdict = self._verdict(slot)
+                failure = self._commit(slot.link)
+            verdict = self._verdict(slot.link, cut_short=error is not None)
+            slot.reset_pending = verdict is Verdict.CLEAN and self._config.reset == "session"
             self._return(slot, verdict, suspect=self._is_suspect(error or failure))
         except BaseException:
             slot = None  # type: ignore[assignment]  # drop it: it comes home by itself
@@ -341,10 +346,12 @@ class Borrowing(Upkeep):
                 self.name,
                 activity.value,
             )
-        self._give_back(slot, GivenBack())
+        try:
+            self._give_back(slot, GivenBack())
+        finally:
+            del slot
 
-    def _commit(self, slot: Slot) -> Exception | None:
-        link = slot.link
+    def _commit(self, link: Any) -> Exception | None:
         if link.activity() in {Activity.IDLE, Activity.ACTIVE}:
             return None
         link.park()  # a plain lease has parked it already, a careful one has not
@@ -355,8 +362,7 @@ class Borrowing(Upkeep):
             return error.with_traceback(None)
         return None
 
-    def _verdict(self, slot: Slot) -> Verdict:
-        link = slot.link
+    def _verdict(self, link: Any, *, cut_short: bool) -> Verdict:
         clean = link.park()
         if link.activity() is Activity.BROKEN:
             return Verdict.BROKEN
@@ -364,10 +370,10 @@ class Borrowing(Upkeep):
         if not clean:
             clean = reset is not None and link.tidy(TIDY_SECONDS)
         if clean and reset == "session":
-            clean = slot.reset_pending = link.start_reset()
+            clean = link.start_reset()
         elif clean and callable(reset):
             clean = self._call_reset(reset, link)
-        if not clean and link.activity() is Activity.ACTIVE:
+        if not clean and not cut_short and link.activity() is Activity.ACTIVE:
             _log.warning(
                 "pool %r: a connection was given back while a statement was under way: closed",
                 self.name,
