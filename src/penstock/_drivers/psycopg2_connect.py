@@ -1,0 +1,220 @@
+"""Connecting by psycopg2 within a time, with the names looked up by Python.
+
+psycopg2 connects in one call, which cannot be cut short: libpq's own connect_timeout bounds it, in whole
+seconds and per address. Names are looked up here, since gevent makes Python's look-up cooperative
+and libpq's would stop its hub; libpq then gets the addresses beside the names, and goes through them as
+it does (load_balance_hosts, target_session_attrs).
+
+It must not know: links, settings of sessions, why a server refuses.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from math import ceil
+from typing import TYPE_CHECKING, Any, Final
+
+import psycopg2
+from psycopg2.extensions import connection, make_dsn, parse_dsn
+
+from penstock._drivers.psycopg2_guard import Classes, classes_for
+from penstock._drivers.sockets import seconds_to
+from penstock.conninfo import to_conninfo
+from penstock.secret import Secret, is_secret
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from penstock._drivers.protocol import Recipe
+
+Params = dict[str, str]
+
+# What psycopg2's connect() takes besides libpq's connection parameters. The last two are refused: a
+# pool of asynchronous connections is not this one.
+_DRIVER_OPTIONS: Final = frozenset(("connection_factory", "cursor_factory", "async", "async_"))
+
+#: libpq before 17 takes 1 for 2.
+LEAST_SECONDS: Final = 2
+
+
+def connection_params(recipe: Recipe) -> Params:
+    """What libpq is to be told, as the user said it, completed by the recipe's defaults.
+
+    Raises:
+        psycopg2.ProgrammingError: the connection string or an option is wrong. The text names no
+            piece of the string: where parsing stops, libpq quotes what may be the password.
+    """
+    # All of them hidden: a password may sit under a misspelt name.
+    given = {
+        ("dbname" if key == "database" else key): Secret(value)
+        for key, value in recipe.kwargs.items()
+        if key not in _DRIVER_OPTIONS and value is not None
+    }
+    if unknown := sorted(key for key in given if not _is_known(key)):
+        raise psycopg2.ProgrammingError(f"no connection options: {', '.join(unknown)}")
+    params = _parsed(Secret(recipe.conninfo))
+    if params is None:  # raised here, not in an `except`: libpq's text must not be its context
+        raise psycopg2.ProgrammingError(
+            "the connection string cannot be parsed (not shown: it may hold a password)"
+        )
+    params = {key: Secret(each) if is_secret(key) else each for key, each in params.items()}
+    params |= {key: each if is_secret(key) else str(each) for key, each in given.items()}
+    if "application_name" not in params:
+        # libpq's own rule for "unless the user names one": also by PGAPPNAME or a service file.
+        params.setdefault("fallback_application_name", recipe.application_name)
+    if not _uses_service(params):  # there the user may have set what cannot be seen from here
+        params = {**{key: str(each) for key, each in recipe.keepalive.items()}, **params}
+    return params
+
+
+def _parsed(conninfo: str) -> Params | None:
+    try:
+        return dict(parse_dsn(conninfo))
+    except psycopg2.ProgrammingError:
+        return None
+
+
+def _is_known(key: str) -> bool:
+    try:
+        make_dsn(**{key: "x"})
+    except psycopg2.ProgrammingError:
+        return False
+    return True
+
+
+def _uses_service(params: Params) -> bool:
+    return bool(params.get("service") or os.environ.get("PGSERVICE"))
+
+
+# --- addresses
+
+
+def resolved(params: Params) -> Params:
+    """The same with the addresses of host names beside them.
+
+    Raises:
+        psycopg2.OperationalError: no host has an address; its cause is the resolver's error.
+    """
+    hosts = _hosts(params)
+    if hosts is None:
+        return params
+    found: list[tuple[str, str, str]] = []
+    failures: list[psycopg2.OperationalError] = []
+    for host, port in hosts:
+        try:
+            found += [(host, address, port) for address in _addresses(host, port)]
+        except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a label above 63 bytes
+            failures.append(_no_address(host, error))
+    if not found:
+        raise failures[0]
+    names, addresses, ports = (",".join(column) for column in zip(*found, strict=True))
+    # `host` stays: certificates and .pgpass go by the name.
+    return {**params, "host": names, "hostaddr": addresses, "port": ports}
+
+
+def _hosts(params: Params) -> list[tuple[str, str]] | None:
+    """Pairs of host and port; None where libpq must find out by itself."""
+    environ = os.environ
+    host = params.get("host") or environ.get("PGHOST", "")
+    hostaddr = params.get("hostaddr") or environ.get("PGHOSTADDR")
+    hosts = host.split(",")
+    if hostaddr or _uses_service(params) or all(map(_is_socket, hosts)):
+        return None
+    ports = (params.get("port") or environ.get("PGPORT", "")).split(",")
+    if len(ports) == 1:
+        ports *= len(hosts)
+    if len(ports) != len(hosts):  # wrong, and libpq says so better
+        return None
+    return list(zip(hosts, ports, strict=True))
+
+
+def _is_socket(host: str) -> bool:
+    return host[:1] in {"", "/", "@"}
+
+
+def _addresses(host: str, port: str) -> list[str]:
+    if _is_socket(host):
+        return [""]
+    found = socket.getaddrinfo(host, port or None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def _no_address(host: str, error: Exception) -> psycopg2.OperationalError:
+    # With an @ it is the end of a password that was not escaped; with = or ; it is settings.
+    shown = "(not shown: it has @, = or ;)" if set("@=;") & set(host) else repr(host)
+    failure = psycopg2.OperationalError(f"could not resolve the host name {shown}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+# --- the attempt
+
+
+def bounded(params: Params, deadline: float) -> Params:
+    """The same with a connect_timeout that ends all addresses' attempts at about the deadline."""
+    left = seconds_to(deadline)
+    if left is None:
+        return params
+    addresses = (params.get("hostaddr") or params.get("host") or "").count(",") + 1
+    share = max(LEAST_SECONDS, ceil(left / addresses))
+    theirs = params.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT", "")
+    # libpq: 0, negative or not a number is "no limit"; what is no number it refuses by itself.
+    if theirs.strip("0").isdigit():
+        share = min(share, int(theirs))
+    elif theirs.lstrip("-+ ").strip() and not theirs.lstrip("-+ ").strip().isdigit():
+        return params
+    return {**params, "connect_timeout": str(share)}
+
+
+def connect(recipe: Recipe, deadline: float) -> tuple[connection, Classes]:
+    """A connection of a watched class, and the classes that it may change into.
+
+    Raises:
+        psycopg2.OperationalError: no connection; the text has the server's or libpq's words.
+        psycopg2.ProgrammingError: an option is wrong.
+    """
+    factory = _factory(recipe)
+    params = bounded(resolved(connection_params(recipe)), deadline)
+    dsn = Secret(to_conninfo(params))
+    del params
+    cursor_factory = recipe.kwargs.get("cursor_factory")
+    if isinstance(factory, type):
+        classes = classes_for(factory)
+        return _connected(dsn, classes.live, cursor_factory), classes
+    conn = _connected(dsn, factory, cursor_factory)
+    return conn, _changed(conn)
+
+
+def _connected(dsn: str, factory: Callable[..., Any], cursor_factory: Any) -> connection:
+    conn: connection = psycopg2.connect(
+        dsn, connection_factory=factory, cursor_factory=cursor_factory
+    )
+    return conn
+
+
+def _factory(recipe: Recipe) -> Callable[..., Any]:
+    kwargs = recipe.kwargs
+    if kwargs.get("async") or kwargs.get("async_"):
+        raise psycopg2.ProgrammingError("async_=True: a pool needs synchronous connections")
+    factory: Any = recipe.connection_class or kwargs.get("connection_factory") or connection
+    if isinstance(factory, type) and not issubclass(factory, connection):
+        raise psycopg2.ProgrammingError(
+            f"{factory.__name__} is no subclass of psycopg2.extensions.connection"
+        )
+    return factory  # type: ignore[no-any-return]  # psycopg2 finds out if it is not callable
+
+
+def _changed(conn: connection) -> Classes:
+    """Make a connection that a function has made one of a watched class."""
+    made = type(conn)
+    try:
+        classes = classes_for(made)
+        conn.__class__ = classes.live
+    except TypeError:
+        conn.close()
+        raise psycopg2.ProgrammingError(
+            "connection_factory= made a plain psycopg2 connection: give a class, or make "
+            "connections of a subclass of psycopg2.extensions.connection"
+        ) from None
+    return classes

@@ -1,0 +1,151 @@
+"""A deadline for psycopg2's blocking calls: when it has passed, the connection's socket is shut down.
+
+psycopg2 waits inside libpq, which waits as long as the server likes; no option and no time-out of
+the socket bounds that. But whoever is blocked on a socket that another thread shuts down fails a
+millisecond later. So one thread per process, started when first needed, waits for the earliest
+deadline. It sleeps until then: of calls that end in time it learns when it wakes anyway, so that
+they cost two microseconds and no change of threads.
+
+Under gevent the thread is a greenlet, and the call waits in psycopg2's wait callback: the same holds.
+
+It must not know: what is being done. The lock of a `Bound` decides who is first, the end of the call or
+the deadline: once the block is left, the socket is not touched any more. It is held for one shutdown.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from collections import deque
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING, Final, Protocol, Self
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    class Discards(Protocol):
+        """What can be shut down: a link."""
+
+        def discard(self) -> None:
+            """Shut the socket down."""
+
+
+class Bound:
+    """``with Bound(link, deadline):`` discards the link if the block lasts longer.
+
+    In a forked child nothing rings: a shutdown would act on the parent's session.
+
+    Attributes:
+        deadline: an instant of the monotonic clock.
+        rang: the deadline came first.
+    """
+
+    __slots__ = ("_link", "_lock", "deadline", "rang")
+
+    def __init__(self, link: Discards, deadline: float) -> None:
+        self._link: Discards | None = link
+        self._lock = threading.RLock()
+        self.deadline = deadline
+        self.rang = False
+
+    def __enter__(self) -> Self:
+        if self.deadline != inf:
+            _bell().watch(self)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self._link = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the block was left."""
+        return self._link is None
+
+    def ring(self) -> None:
+        """The deadline has passed, unless the block has ended."""
+        with self._lock:
+            if self._link is not None:
+                self.rang = True
+                self._link.discard()
+
+
+class Bell:
+    """The thread that waits for deadlines. Use `_bell()`; a forked child has its own."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._lock = threading.RLock()
+        self._new: deque[Bound] = deque()
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # Until when it sleeps. Whoever adds a deadline publishes it, then looks here; the thread
+        # writes this, then looks for new ones. Whichever comes second sees the other.
+        self._sleeps_until = inf
+        self._thread: threading.Thread | None = None
+
+    def watch(self, bound: Bound) -> None:
+        """Ring it at its deadline."""
+        self._new.append(bound)
+        if self._thread is None or not self._thread.is_alive():
+            self._start()
+        if bound.deadline < self._sleeps_until:
+            self._wake.put(None)
+
+    def _start(self) -> None:
+        if sys.is_finalizing():  # whatever is started now never runs
+            return
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(target=self._run, name="penstock-psycopg2", daemon=True)
+                thread.start()
+                self._thread = thread
+
+    def _run(self) -> None:
+        waiting: list[Bound] = []
+        while True:
+            waiting = self._rung(waiting)
+            self._sleeps_until = min((each.deadline for each in waiting), default=inf)
+            if not self._new:
+                self._sleep()
+
+    def _rung(self, waiting: list[Bound]) -> list[Bound]:
+        """Ring those that are due, forget those that are over, take in the new ones."""
+        while self._new:
+            waiting.append(self._new.popleft())
+        now = monotonic()
+        for each in waiting:
+            if each.deadline <= now:
+                each.ring()
+        return [each for each in waiting if not each.is_over and each.deadline > now]
+
+    def _sleep(self) -> None:
+        until = self._sleeps_until
+        try:
+            if until == inf:
+                self._wake.get()
+            else:
+                self._wake.get(timeout=max(0.0, min(until - monotonic(), _LONGEST)))
+        except queue.Empty:
+            pass
+
+
+#: The longest sleep in seconds: longer times overflow a lock's.
+_LONGEST: Final = 1e6
+
+_current: Bell | None = None
+
+
+def _bell() -> Bell:
+    global _current
+    bell = _current
+    if bell is None or bell.pid != os.getpid():
+        bell = _current = Bell()
+    return bell
