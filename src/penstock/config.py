@@ -303,12 +303,11 @@ if not TYPE_CHECKING:  # type checkers read the generated one, and know the name
 class Options(TypedDict, total=False):
     """The options that `ConnectionPool` takes by name, for type checkers; see `PoolConfig`.
 
-    `conninfo` and `connection_class` are parameters of its own. tests/typing holds that this is the
-    same list as PoolConfig's.
+    `conninfo`, `connection_class` and `driver` are parameters of its own. tests/typing holds that this
+    is the same list as PoolConfig's.
     """
 
     kwargs: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None
-    driver: str | Driver[Any]
     min_size: int
     max_size: int
     name: str | None

@@ -22,7 +22,7 @@ import threading
 import weakref
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, cast, overload
 
 from penstock import _drivers, fork, hub, keeper, watch
 from penstock._machine.locked import LockedMachine
@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     import psycopg
+    import psycopg2.extensions
     from psycopg.rows import TupleRow
 
+    from penstock._drivers.protocol import Driver
     from penstock._machine.slot import Slot
     from penstock._machine.tally import Stats
     from penstock.config import Options
@@ -65,6 +67,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         conninfo: a libpq connection string or URL, or a callable that returns one, called per
             connect (for tokens that expire).
         connection_class: the driver's connection class (``psycopg.Connection`` by default).
+        driver: "psycopg" (the default), "psycopg2", or a driver object.
         min_size: connections kept open (1).
         max_size: connections open at most (10).
         timeout: seconds a borrower waits for a connection, everything included (5.0).
@@ -82,6 +85,27 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         conninfo: str | Callable[[], str] = "",
         *,
         connection_class: None = None,
+        driver: Literal["psycopg"] = "psycopg",
+        **options: Unpack[Options],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: ConnectionPool[psycopg2.extensions.connection],
+        conninfo: str | Callable[[], str] = "",
+        *,
+        connection_class: None = None,
+        driver: Literal["psycopg2"],
+        **options: Unpack[Options],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        conninfo: str | Callable[[], str] = "",
+        *,
+        connection_class: None = None,
+        driver: Driver[ConnT],
         **options: Unpack[Options],
     ) -> None: ...
 
@@ -91,6 +115,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         conninfo: str | Callable[[], str] = "",
         *,
         connection_class: type[ConnT],
+        driver: str | Driver[Any] = "psycopg",
         **options: Unpack[Options],
     ) -> None: ...
 

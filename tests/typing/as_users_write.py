@@ -7,6 +7,8 @@ from typing import Any, assert_type
 from flask import Flask, Response
 from psycopg import Connection
 from psycopg.rows import DictRow, TupleRow, dict_row
+from psycopg2.extensions import connection as Connection2  # noqa: N812  a class in spite of its name
+from psycopg2.extras import RealDictConnection
 
 from penstock import ConnectionPool, Health, PoolConfig, Pools, Result, Stats
 from penstock.integrations.flask import Database, Penstock
@@ -36,6 +38,15 @@ assert_type(audited, ConnectionPool[AuditedConnection])
 
 annotated: ConnectionPool[Connection[TupleRow]] = ConnectionPool()
 
+by_name = ConnectionPool("postgresql://app@db/shop", driver="psycopg")
+assert_type(by_name, ConnectionPool[Connection[TupleRow]])
+
+older = ConnectionPool("postgresql://app@db/shop", driver="psycopg2", autocommit=True)
+assert_type(older, ConnectionPool[Connection2])
+
+older_dicts = ConnectionPool(driver="psycopg2", connection_class=RealDictConnection)
+assert_type(older_dicts, ConnectionPool[RealDictConnection])
+
 
 # -- every way to borrow gives one of them ---------------------------------------------------------
 
@@ -50,6 +61,14 @@ def borrow() -> None:
         own_conn.audit()
     with audited.dedicated(autocommit=True) as listener:
         assert_type(listener, AuditedConnection)
+
+
+def borrow_from_psycopg2() -> None:
+    with older.connection() as conn, conn.cursor() as cursor:
+        assert_type(conn, Connection2)
+        cursor.execute("select 1")
+    with older_dicts.connection() as own_conn:
+        assert_type(own_conn, RealDictConnection)
 
 
 def borrow_without_a_block() -> None:

@@ -35,5 +35,6 @@ def test_pyright_does_too() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_typed_options_are_all_options_but_the_two_that_are_parameters() -> None:
-    assert {*Options.__annotations__, "conninfo", "connection_class"} == set(OPTIONS)
+def test_the_typed_options_are_all_options_but_the_three_that_are_parameters() -> None:
+    parameters = {"conninfo", "connection_class", "driver"}
+    assert {*Options.__annotations__} | parameters == set(OPTIONS)
