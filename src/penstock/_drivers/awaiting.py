@@ -68,6 +68,14 @@ def is_awaited(fd: int) -> bool:
     return read or written
 
 
+def stop_awaiting(fd: int) -> None:
+    """Have nobody wait for `fd` any more, on the running loop, if one runs."""
+    try:
+        is_awaited(fd)
+    except (RuntimeError, NotImplementedError):  # none runs, or it knows no descriptors
+        return
+
+
 def _register(
     loop: asyncio.AbstractEventLoop, fd: int, events: int, woken: asyncio.Future[int]
 ) -> None:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from functools import partial
 from math import inf
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import psycopg
 from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
 
 from penstock._drivers import psycopg3_connect as connecting
-from penstock._drivers.awaiting import is_awaited
+from penstock._drivers.awaiting import is_awaited, stop_awaiting
 from penstock._drivers.protocol import Diagnosis, Recipe, Reply
 from penstock._drivers.psycopg3_async_connect import connect
 from penstock._drivers.psycopg3_async_wire import cancel_on_server, driven, read_answers
@@ -51,6 +52,10 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn, PGresult
 
 RV = TypeVar("RV")
+
+#: Seconds after which a request to cancel is made again, doubled each time. A server needs about a
+#: millisecond to take a statement up and to end it.
+_FIRST_PAUSE: Final = 0.1
 
 
 class AsyncPsycopg3Link(PgconnLink):
@@ -234,21 +239,34 @@ class AsyncPsycopg3Link(PgconnLink):
         handle = self.handle
         if handle.transaction_status != TransactionStatus.ACTIVE:
             return True
-        if self._heard is None and not await self._cancelled(deadline):
-            return False
         if handle.pipeline_status != PipelineStatus.OFF:
-            return True  # leaving it reads on
-        self._heard = self._heard or []
+            # Leaving it reads the answers.
+            return self._heard is not None or await self._asked(deadline)
+        if self._heard is None:
+            return await self._stopped(deadline)
         results = await self._answered(deadline)
-        if results is None:
-            return False
-        if not self._resetting:
-            return True
+        if results is None or not self._resetting:
+            return results is not None
         self._resetting = False
         self._forget_notifications()
         return all_done(results)
 
-    async def _cancelled(self, deadline: float) -> bool:
+    async def _stopped(self, deadline: float) -> bool:
+        """Have the server cancel the borrower's statement, and read its answer."""
+        heard: list[PGresult] = []
+        pause = _FIRST_PAUSE
+        while True:
+            if not await self._asked(deadline):
+                return False
+            # A server that had not yet begun with the statement has ignored the request.
+            if await read_answers(self.handle, self.fd, heard, min(deadline, monotonic() + pause)):
+                return True
+            if monotonic() >= deadline:
+                return False
+            pause *= 2
+
+    async def _asked(self, deadline: float) -> bool:
+        """Have the server told to cancel; False if it may still have to be told."""
         self._asked_to_cancel = True
         if await cancel_on_server(self.handle, deadline):
             self._asked_to_cancel = False
@@ -312,8 +330,13 @@ class AsyncPsycopg3Link(PgconnLink):
         return False
 
     async def close(self) -> None:
-        """End the session politely. Never raises, never waits: the handle is non-blocking."""
-        is_awaited(self.fd)  # a loop that still knows the number would fail with its next owner
+        """End the session politely. Never raises, never waits: the handle is non-blocking.
+
+        It needs no running loop.
+        """
+        if self._holds_descriptor():
+            # A loop that still knew the number would mistake its next owner's socket for this one.
+            stop_awaiting(self.fd)
         self._finish()
 
 

@@ -35,6 +35,7 @@ async def read_answers(handle: PGconn, fd: int, heard: list[PGresult], deadline:
 
     Raises:
         psycopg.OperationalError: the connection broke.
+        psycopg.NotSupportedError: a COPY is under way.
     """
     # A server that is itself blocked on writing reads nothing: so read while writing.
     while handle.flush():
@@ -52,7 +53,7 @@ async def read_answers(handle: PGconn, fd: int, heard: list[PGresult], deadline:
         if result is None:
             return True
         if result.status in COPYING:
-            return False
+            raise psycopg.NotSupportedError("a COPY is under way")
         heard.append(result)
 
 

@@ -197,8 +197,8 @@ class PgconnLink:
 
     def start_reset(self) -> bool:
         """Send the session reset without waiting. False: could not; discard."""
-        message = self._reset or reset_message(self.handle, None)
         try:
+            message = self._reset or reset_message(self.handle, None)
             # Told before and not by "ROLLBACK" always: that is a warning in the server's log.
             if self.handle.transaction_status:
                 message = self._rollback() + b"; " + message
