@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +208,13 @@ def whereabouts(idents: set[int]) -> tuple[dict[int, FrameType], dict[int, str]]
         frame = sys._getframe() if each is getcurrent() else each.gr_frame  # noqa: SLF001  documented
         if frame is not None:
             frames[id(each)] = frame
-        if name := getattr(each, "name", ""):
+        name = _thread_name(id(each)) or getattr(each, "name", "")
+        if name:
             names[id(each)] = str(name)
     return frames, names
+
+
+def _thread_name(ident: int) -> str:
+    """What the program called it, if it was started as a thread."""
+    thread = threading._active.get(ident)  # type: ignore[attr-defined]  # noqa: SLF001  `enumerate` locks
+    return "" if thread is None or isinstance(thread, threading._DummyThread) else thread.name  # noqa: SLF001

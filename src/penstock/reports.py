@@ -8,9 +8,10 @@ report is a snapshot, and must not wait for what it reports on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from penstock import hub
 from penstock._machine.machine import Machine, Phase, Refusal
 from penstock._machine.slot import SlotState
 from penstock.clock import clock
@@ -244,7 +245,10 @@ class Reporter:
         return found[0] if found else None
 
     def _report(self, holds: list[Hold]) -> list[Holder]:
-        return holder_report(holds)
+        # Those of gevent's greenlets; a thread's are looked up by its number.
+        frames, names = hub.whereabouts(hold.ident for hold in holds)
+        named = [replace(hold, thread=names.get(hold.ident)) for hold in holds]
+        return holder_report(named, frames=frames)
 
 
 def _is_lent(slot: Slot) -> bool:
