@@ -1,0 +1,545 @@
+"""What a unit of work (a request, a message, a task) has borrowed on an event loop.
+
+One job: as loans.py, for asyncio: borrow at first use, one connection per database, keep it for the
+whole unit, end the transaction as told, and give back whatever happens.
+
+It must not know: frameworks, ASGI, answers. It knows pools by `connection()`, links by `activity()`,
+and connections by the two shapes that drivers have: psycopg's, which begins by itself and has
+`commit()` and `rollback()`, and asyncpg's, whose transactions are objects.
+
+No lock of threads: it runs on one loop. `AsyncLoans._turn` makes "look, then borrow" one step for the
+tasks of one unit; a task that runs `on_first_use` may use the unit's connection meanwhile.
+
+Cancellation can strike at every await. So what is ended is taken out of the books before the first
+await of its end, and a lease that is told its end goes back in the background if its task is not
+let wait for it. If nobody ends the unit, the lease falls with it, and comes home by itself (slot.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+from penstock._drivers.protocol import Activity
+from penstock._machine.slot import Reason
+from penstock.borrowing import GivenBack
+from penstock.errors import MisuseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    Hooks = Sequence[Callable[[Any], object]]
+
+_log = logging.getLogger("penstock.loans")
+
+#: How long an answer waits for a statement that its own body has begun already, in seconds.
+QUIET_SECONDS: Final = 1.0
+
+#: What a statement in a failed transaction raises. asyncpg tells in no other way that it has failed.
+_FAILED: Final = "25P02"
+
+# One row if the transaction has written anything (or locked rows); since PostgreSQL 10.
+_WROTE: Final = "select 1 where pg_catalog.txid_current_if_assigned() is not null"
+
+
+class AsyncLoan:
+    """One borrowed connection, and what is known about its transaction.
+
+    Attributes:
+        conn: the driver's connection; None until it is borrowed.
+        equipping: the task that runs `on_first_use` on it just now.
+        failed: at its end, a statement of its transaction was found to have failed.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_equipped",
+        "_equipped_in_transaction",
+        "_lease",
+        "_over",
+        "_pid",
+        "_task",
+        "conn",
+        "equipping",
+        "failed",
+        "name",
+        "shape",
+    )
+
+    def __init__(self, pool: Any, *, autocommit: bool) -> None:
+        self.name: str = pool.name
+        self.conn: Any = None
+        self.equipping: asyncio.Task[Any] | None = None
+        self.failed = False
+        self.shape: PsycopgShape | AsyncpgShape
+        self._pid = os.getpid()
+        self._task: weakref.ref[asyncio.Task[Any]] | None = None
+        self._over = False
+        self._equipped = False
+        self._equipped_in_transaction = False
+        # None leaves it to the pool, which may be in autocommit by itself.
+        self._lease = pool.connection(autocommit=True if autocommit else None)
+
+    async def borrow(self, *, begins: bool) -> None:
+        """Wait for the connection.
+
+        Args:
+            begins: whether transactions are to be begun on one that does not do so by itself.
+        """
+        conn = self.conn = await self._lease.__aenter__()
+        by_itself = hasattr(conn, "commit") and hasattr(conn, "rollback")
+        self.shape = PsycopgShape(conn) if by_itself else AsyncpgShape(conn, begins=begins)
+
+    def activity(self) -> Activity:
+        """What the session is doing, without asking the server."""
+        if self._over or self._pid != os.getpid():  # after a fork the session is the parent's
+            return Activity.BROKEN
+        found: Activity = self._lease._slot.link.activity()  # noqa: SLF001  it knows without a word
+        return found
+
+    def is_asked_for(self) -> None:
+        """Remember who did."""
+        task = asyncio.current_task()
+        self._task = None if task is None else weakref.ref(task)
+
+    def is_in_other_hands(self) -> bool:
+        """Whether the task that asked for it last is another than this one, and goes on beside it."""
+        task = None if self._task is None else self._task()
+        return task is not None and task is not asyncio.current_task() and not task.done()
+
+    async def quiet_down(self) -> None:
+        """Wait for a statement that is under way, but not for long: it may wait for us."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + QUIET_SECONDS
+        while self.activity() is Activity.ACTIVE and loop.time() < deadline:  # noqa: ASYNC110  no event
+            await asyncio.sleep(0.001)
+
+    def is_spent(self) -> bool:
+        """Whether another connection may take its place: no transaction is lost with it.
+
+        A session that broke in the middle of a transaction is kept. Its holder gets the driver's
+        error again until he rolls back: going on elsewhere would commit the second half alone.
+        """
+        if self._over or self._pid != os.getpid():
+            return True
+        activity = self.activity()
+        if activity is Activity.BROKEN:
+            return self.shape.loses_nothing()
+        return activity is Activity.IDLE and self._has_hung_up()
+
+    def _has_hung_up(self) -> bool:
+        slot = getattr(self._lease, "_slot", None)
+        return slot is not None and slot.condemned is Reason.HUNG_UP
+
+    def is_ready(self, hooks: Hooks) -> bool:
+        """Whether the connection may be used as it is."""
+        return (
+            not self.is_spent()
+            and self.equipping is None
+            and not (hooks and self._wants_equipment())
+            and not self.shape.wants_begin(self.activity())
+        )
+
+    async def equip(self, hooks: Hooks) -> None:
+        """Begin, and run `on_first_use`, once; again when its transaction has ended.
+
+        What it set for that transaction only (`set_config(..., true)`) has ended, too.
+        """
+        if self.shape.wants_begin(self.activity()):
+            await self.shape.begin()
+        if not hooks or not self._wants_equipment():
+            return
+        self.equipping = asyncio.current_task()  # a hook may use the unit's connection
+        try:
+            for hook in hooks:
+                answer = hook(self.conn)
+                if inspect.isawaitable(answer):
+                    await answer
+        finally:
+            self.equipping = None
+        self._equipped = True
+        self._equipped_in_transaction = self.activity() is Activity.IN_TRANSACTION
+
+    def _wants_equipment(self) -> bool:
+        if not self._equipped:
+            return True
+        return self._equipped_in_transaction and self.activity() is Activity.IDLE
+
+    async def commit(self) -> bool:
+        """Commit.
+
+        Returns:
+            False: a statement had failed, and everything is rolled back.
+
+        Raises:
+            Exception: the driver's errors.
+        """
+        self._equipped = self._equipped and not self._equipped_in_transaction
+        if self.activity() is Activity.IN_FAILED_TRANSACTION:
+            await self.shape.roll_back()
+            return False
+        return await self.shape.commit()
+
+    async def roll_back(self) -> None:
+        """Roll back what is open; a lost session is given back, so that another one is borrowed."""
+        self._equipped = self._equipped and not self._equipped_in_transaction
+        activity = self.activity()
+        if activity is Activity.BROKEN:
+            await self.give_back(None)
+        elif activity is not Activity.IDLE:
+            await self.shape.roll_back()
+
+    async def has_written(self) -> bool:
+        """Whether the transaction that is open has anything to commit, or to lose. One round trip."""
+        try:
+            return await self.shape.ask(_WROTE)
+        except Exception as error:
+            if _says_failed(error):
+                return True
+            raise
+
+    async def give_back(self, error: BaseException | None) -> bool:
+        """End it: roll back what is open, and return the connection. Does nothing the second time.
+
+        Args:
+            error: what ended the unit of work, or None.
+
+        Returns:
+            Whether work was lost that no error tells about.
+        """
+        if self._over:
+            return False
+        lost = False
+        try:
+            lost = error is None and await self._roll_back_asking()
+            if error is None and self.shape.is_forgotten(self.activity()):
+                await self.shape.roll_back()
+            clean = self.activity() is Activity.IDLE
+            cause = None if clean else GivenBack() if error is None else error
+        except BaseException as cut_off:
+            await self._return(cut_off)
+            raise
+        await self._return(cause)
+        return lost
+
+    async def _return(self, cause: BaseException | None) -> None:
+        if self._over:
+            return
+        self._over = True
+        await self._lease.__aexit__(type(cause) if cause else None, cause, None)
+
+    async def _roll_back_asking(self) -> bool:
+        activity = self.activity()
+        self.failed = activity is Activity.IN_FAILED_TRANSACTION
+        if activity is not Activity.IN_TRANSACTION:
+            return False
+        if not _log.isEnabledFor(logging.WARNING):
+            return False
+        try:
+            return await self.shape.roll_back_asking(_WROTE)
+        except Exception as error:  # noqa: BLE001  then the pool rolls back, or closes it
+            self.failed = _says_failed(error)
+            return False
+
+
+class PsycopgShape:
+    """A connection that begins by itself, and has `commit()` and `rollback()`."""
+
+    def __init__(self, conn: Any) -> None:
+        self._conn = conn
+
+    def loses_nothing(self) -> bool:
+        """Whether nothing is lost with the session, which has ended."""
+        closed_by_user = not getattr(self._conn, "broken", True)
+        return closed_by_user or bool(self._conn.autocommit)
+
+    def wants_begin(self, activity: Activity) -> bool:  # noqa: ARG002  the other shape's needs it
+        """Whether `begin` is due: never, the first statement does it."""
+        return False
+
+    def is_forgotten(self, activity: Activity) -> bool:  # noqa: ARG002  as above
+        """Whether a transaction was ended behind the driver's back: it would not mind."""
+        return False
+
+    async def begin(self) -> None:
+        """Nothing to do."""
+
+    async def commit(self) -> bool:
+        """Commit. Raises the driver's errors."""
+        await self._conn.commit()
+        return True
+
+    async def roll_back(self) -> None:
+        """Roll back. Raises the driver's errors."""
+        await self._conn.rollback()
+
+    async def ask(self, query: str) -> bool:
+        """Whether a query gives a row."""
+        return bool((await self._conn.execute(query, prepare=False)).rowcount)
+
+    async def roll_back_asking(self, query: str) -> bool:
+        """Ask, and roll back: in one message, as dear as the rollback alone."""
+        return await self.ask(f"{query}; rollback")
+
+
+class AsyncpgShape:
+    """A connection whose transactions are objects, and that is in autocommit without one."""
+
+    def __init__(self, conn: Any, *, begins: bool) -> None:
+        self._conn = conn
+        self._begins = begins
+        self._transaction: Any = None
+
+    def loses_nothing(self) -> bool:
+        """Whether nothing is lost with the session, which has ended."""
+        return self._transaction is None
+
+    def wants_begin(self, activity: Activity) -> bool:
+        """Whether a transaction is due and none is open."""
+        return self._begins and self._transaction is None and activity is Activity.IDLE
+
+    def is_forgotten(self, activity: Activity) -> bool:
+        """Whether the transaction was ended by SQL: the driver would take the next one for nested."""
+        return self._transaction is not None and activity is Activity.IDLE
+
+    async def begin(self) -> None:
+        """Open a transaction. Raises the driver's errors."""
+        transaction = self._conn.transaction()
+        await transaction.start()
+        self._transaction = transaction
+
+    async def commit(self) -> bool:
+        """Commit what `begin` opened; False: it had failed. Raises the driver's errors.
+
+        By SQL, since the transaction's own method does not tell what the server answers.
+        """
+        if self._transaction is None:
+            return True
+        self._transaction = self._conn._top_xact = None  # noqa: SLF001  as the method does
+        return bool(await self._conn.execute("COMMIT") != "ROLLBACK")
+
+    async def roll_back(self) -> None:
+        """Roll back what `begin` opened. Raises the driver's errors."""
+        transaction, self._transaction = self._transaction, None
+        if transaction is not None:
+            await transaction.rollback()
+
+    async def ask(self, query: str) -> bool:
+        """Whether a query gives a row."""
+        return bool(await self._conn.fetchval(query))
+
+    async def roll_back_asking(self, query: str) -> bool:
+        """Ask, and roll back."""
+        found = await self.ask(query)
+        await self.roll_back()
+        return found
+
+
+class AsyncLoans:
+    """What one unit of work has borrowed, by database.
+
+    Args:
+        where: names the unit in warnings, when one is due: "POST /orders (shop.add)".
+
+    Attributes:
+        answered: how it ended, for the same warnings; "" if it is not known.
+        refused: it ended with an error that somebody was told of.
+        over: why nothing can be borrowed any more, as an error; None while it can.
+    """
+
+    def __init__(self, where: Callable[[], str]) -> None:
+        self.where = where
+        self.answered = ""
+        self.refused = False
+        self.over: Callable[[], MisuseError] | None = None
+        self._turn = asyncio.Lock()
+        self._open: dict[str, AsyncLoan] = {}
+
+    async def borrow(
+        self, key: str, pool: Any, hooks: Hooks = (), *, autocommit: bool = False
+    ) -> AsyncLoan:
+        """Give the loan of a database: the one that is there, or a new one.
+
+        Raises:
+            MisuseError: the unit is over.
+            PenstockError: as `pool.connection()`.
+            Exception: what a hook raises. The connection is given back; the next call tries anew.
+        """
+        if self.over is not None:
+            raise self.over()
+        loan = self._open.get(key)
+        if loan is None or not (loan.is_ready(hooks) or _runs_hooks_of(loan)):
+            async with self._turn:
+                loan = await self._borrow(key, pool, hooks, autocommit=autocommit)
+        loan.is_asked_for()
+        return loan
+
+    async def _borrow(self, key: str, pool: Any, hooks: Hooks, *, autocommit: bool) -> AsyncLoan:
+        loan = self._open.get(key)
+        if loan is not None and loan.is_spent():
+            await self._drop(key, loan, None)
+            loan = None
+        if loan is None:
+            loan = await self._borrow_new(key, pool, autocommit=autocommit)
+        try:
+            await loan.equip(hooks)
+        except BaseException as error:
+            await self._drop(key, loan, error)
+            raise
+        return loan
+
+    async def _borrow_new(self, key: str, pool: Any, *, autocommit: bool) -> AsyncLoan:
+        loan = AsyncLoan(pool, autocommit=autocommit)
+        await loan.borrow(begins=not autocommit and not begins_nothing(pool))
+        if self.over is not None:  # it ended while this task waited
+            await loan.give_back(GivenBack())
+            raise self.over()
+        self._open[key] = loan
+        return loan
+
+    async def commit(self, key: str) -> None:
+        """Commit one database's transaction, if there is one.
+
+        Raises:
+            MisuseError: a statement of it had failed. The server answers such a COMMIT with a
+                rollback, and drivers do not tell.
+            Exception: the driver's errors.
+        """
+        loan = self._open.get(key)
+        if loan is None:
+            return
+        committed = await loan.commit()
+        await self._go_on(loan)
+        if not committed:
+            raise MisuseError(
+                "commit of a transaction in which a statement failed: it was rolled back",
+                pool=loan.name,
+                next_step="run what may fail inside `async with conn.transaction():`, which rolls "
+                "back to where it began",
+            )
+
+    async def roll_back(self, key: str) -> None:
+        """Roll one database's transaction back. A connection that was lost is replaced later."""
+        loan = self._open.get(key)
+        if loan is not None:
+            await loan.roll_back()
+            await self._go_on(loan)
+
+    async def _go_on(self, loan: AsyncLoan) -> None:
+        """Begin anew on a connection that a variable may hold, while an answer decides about it."""
+        if not self.answered and loan.shape.wants_begin(loan.activity()):
+            await loan.shape.begin()
+
+    async def _drop(self, key: str, loan: AsyncLoan, error: BaseException | None) -> None:
+        if self._open.get(key) is loan:
+            del self._open[key]
+        await loan.give_back(error)
+
+    # -- the answer -------------------------------------------------------------------------------
+
+    async def commit_all(self) -> None:
+        """Commit every database's transaction, one after the other.
+
+        One in which a statement failed is rolled back, with a warning. One that has only read is
+        left open where another task goes on with it: a body that is read from a cursor in it may
+        have begun already, if a middleware makes tasks (Starlette's BaseHTTPMiddleware does).
+
+        Raises:
+            MisuseError: a statement is still under way.
+            Exception: the driver's errors. The databases after that are not committed.
+        """
+        for loan in list(self._open.values()):
+            await self._commit(loan)
+
+    async def _commit(self, loan: AsyncLoan) -> None:
+        shared = loan.is_in_other_hands()
+        if shared:
+            await loan.quiet_down()
+        activity = loan.activity()
+        if shared and activity is Activity.IN_TRANSACTION and not await loan.has_written():
+            return
+        if activity is Activity.ACTIVE:
+            raise MisuseError(
+                f"{self.where()} was answered while a statement of its own is under way (in a task, "
+                "a COPY or a stream() that was not read to its end): nothing was committed",
+                pool=loan.name,
+                next_step="await it first; a task that outlives the answer works in "
+                "`async with db.unit():`",
+            )
+        if activity is Activity.IDLE or loan.is_spent():
+            return
+        # Raises if the session was lost with its transaction.
+        if not await loan.commit():
+            self._warn(loan, "a statement failed and the transaction went on without a rollback")
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    async def give_back(self, key: str) -> None:
+        """Give back one database's connection; the next use borrows anew."""
+        loan = self._open.pop(key, None)
+        if loan is not None:
+            await self._give_back(loan, None)
+
+    async def give_all_back(self, error: BaseException | None) -> None:
+        """Roll back what is open and give everything back. More may be borrowed afterwards.
+
+        Args:
+            error: what ended the unit; None: nothing did.
+        """
+        first: BaseException | None = None
+        while self._open:
+            _, loan = self._open.popitem()
+            try:
+                await self._give_back(loan, first or error)
+            except BaseException as cut_off:  # noqa: BLE001  the others must come back, too
+                first = first or cut_off
+        if first is not None:
+            raise first
+
+    async def end(self, error: BaseException | None, over: Callable[[], MisuseError]) -> None:
+        """Give everything back, and lend nothing any more.
+
+        Args:
+            error: as `give_all_back`.
+            over: makes the error that whoever asks from now on gets.
+        """
+        self.over = over
+        await self.give_all_back(error)
+
+    async def _give_back(self, loan: AsyncLoan, error: BaseException | None) -> None:
+        failed = (
+            error is None and not self.refused and loan.activity() is Activity.IN_FAILED_TRANSACTION
+        )
+        try:
+            if await loan.give_back(error) or failed:
+                self._warn(loan, "nobody committed it")
+        except Exception:  # noqa: BLE001  the others must come back, too
+            # This one does by itself, once nobody holds it.
+            _log.exception("%s: giving back to pool %r failed", self.where(), loan.name)
+
+    def _warn(self, loan: AsyncLoan, why: str) -> None:
+        _log.warning(
+            "%s%s: uncommitted work on pool %r was thrown away: %s. Commit it; or say by a "
+            "rollback() that this is meant.",
+            self.where(),
+            self.answered,
+            loan.name,
+            why,
+        )
+
+
+def begins_nothing(pool: Any) -> bool:
+    """Whether the pool's own option says that each statement commits itself."""
+    return bool(pool._config.autocommit)  # noqa: SLF001  a pool does not tell it otherwise
+
+
+def _runs_hooks_of(loan: AsyncLoan) -> bool:
+    return loan.equipping is not None and loan.equipping is asyncio.current_task()
+
+
+def _says_failed(error: Exception) -> bool:
+    return getattr(error, "sqlstate", None) == _FAILED
