@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_SHOWN = ("penstock", "psycopg", "psycopg-pool", "psycopg2-binary", "SQLAlchemy")
+_SHOWN = ("penstock", "psycopg", "psycopg-pool", "psycopg2-binary", "asyncpg", "SQLAlchemy")
 
 
 def options(purpose: str) -> argparse.ArgumentParser:

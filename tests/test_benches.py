@@ -47,3 +47,11 @@ def test_contention_is_measured_for_both_pools_in_every_case(tmp_path):
     figures, _ = run("contention.py", tmp_path, "--seconds", "0.05")
     assert [one["pool"] for one in figures] == ["penstock", "psycopg_pool"] * 4
     assert all(one["per_second"] > 0 for one in figures)
+
+
+def test_a_borrow_and_return_on_asyncio_suspends_nowhere_and_stays_short(tmp_path):
+    figures, printed = run("async_hot_path.py", tmp_path, "--rounds", "1")
+    for driver in ("psycopg", "asyncpg"):
+        # -1 would say that it had to wait for something.
+        assert 0 < figures[f"penstock, {driver}"]["instructions"] <= 260
+    assert printed.count("\nPASS  ") + printed.count("\nmiss  ") == 2

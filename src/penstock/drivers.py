@@ -1,0 +1,34 @@
+"""The driver protocol, for those who bring a driver of their own.
+
+A pool knows its database library through two small protocols: a `Driver` opens `Link`s, and a link is
+the library's own connection together with what has to be remembered about it. For asyncio they are
+`AsyncDriver` and `AsyncLink`. Hand an object that has these methods to a pool::
+
+    pool = ConnectionPool("postgresql://app@db/shop", driver=MyDriver())
+
+`penstock.testing.conformance` holds the tests that a driver has to pass; docs/drivers.md explains both.
+
+It must not know: any driver.
+"""
+
+from penstock._drivers.protocol import (
+    Activity,
+    AsyncDriver,
+    AsyncLink,
+    Diagnosis,
+    Driver,
+    Link,
+    Recipe,
+    Reply,
+)
+
+__all__ = [
+    "Activity",
+    "AsyncDriver",
+    "AsyncLink",
+    "Diagnosis",
+    "Driver",
+    "Link",
+    "Recipe",
+    "Reply",
+]

@@ -1,0 +1,54 @@
+"""Every driver of ours passes the tests that a third party's has to pass."""
+
+from __future__ import annotations
+
+import pytest
+from examples.pg8000_driver.pg8000_driver import Pg8000Driver
+
+from penstock import _drivers
+from penstock.testing.conformance import DriverConformance
+
+
+@pytest.fixture
+def conninfo(unix_dsn):
+    return unix_dsn
+
+
+class TestPsycopg(DriverConformance):
+    driver = _drivers.load("psycopg")
+
+
+class TestPsycopgOverTcp(TestPsycopg):
+    @pytest.fixture
+    def conninfo(self, tcp_dsn):
+        return tcp_dsn
+
+
+class TestPsycopgAsync(DriverConformance):
+    driver = _drivers.load("psycopg", asynchronous=True)
+
+    async def run(self, conn, query):
+        await conn.execute(query)
+
+
+class TestPsycopg2(DriverConformance):
+    @property
+    def driver(self):
+        pytest.importorskip("psycopg2", reason="needs psycopg2")
+        return _drivers.load("psycopg2")
+
+
+class TestAsyncpg(DriverConformance):
+    @property
+    def driver(self):
+        pytest.importorskip("asyncpg", reason="needs asyncpg")
+        return _drivers.load("asyncpg", asynchronous=True)
+
+    async def run(self, conn, query):
+        await conn.execute(query)
+
+
+class TestPg8000(DriverConformance):
+    """A driver of somebody else's: examples/pg8000_driver."""
+
+    driver = Pg8000Driver()
