@@ -47,6 +47,7 @@ FLOORS = (
             "greenlets",
             "loops",
             "task_reports",
+            "async_dedicated",
         ),
     },
     {"pools", "async_pools"},

@@ -17,7 +17,6 @@ import asyncio
 import logging
 import random
 import weakref
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast
 
@@ -25,6 +24,7 @@ from penstock import _drivers, fork, loops, watch
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
 from penstock._machine.slot import SlotState
 from penstock.async_borrowing import AsyncBorrowing
+from penstock.async_dedicated import AsyncDedicated
 from penstock.async_lease import AsyncCarefulLease, AsyncLease
 from penstock.async_opening import AsyncOpener
 from penstock.async_upkeep import let_go_of_all, orphaned
@@ -38,7 +38,7 @@ from penstock.task_reports import TaskReporter
 from penstock.threads import abandon, new, next_name
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from penstock._machine.slot import Slot
@@ -256,17 +256,13 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
             statusmessage=reply.statusmessage,
         )
 
-    @asynccontextmanager
-    async def dedicated(
-        self,
-        timeout: float | None = None,
-        *,
-        autocommit: bool | None = None,
-    ) -> AsyncIterator[ConnT]:
+    def dedicated(
+        self, timeout: float | None = None, *, autocommit: bool | None = None
+    ) -> AsyncDedicated[ConnT]:
         """Open a connection of its own, outside the pool's size, for LISTEN and long work.
 
-        It has the pool's settings and `configure`. At the end it is committed, or rolled back on an
-        exception, and closed.
+        For an ``async with`` block. It has the pool's settings and `configure`. At the end it is
+        committed, or rolled back on an exception, and closed.
 
         Args:
             timeout: seconds to connect, as in `connection`.
@@ -276,29 +272,7 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
             ServerUnavailable: it could not be opened in time; the driver's error is the cause.
             PoolClosed: the pool is closed.
         """
-        link = await self._open_dedicated(self._seconds(timeout))
-        self._dedicated[id(link)] = link
-        try:
-            link.lend()
-            if autocommit is not None:
-                link.set_autocommit(autocommit)
-            yield link.conn
-            notice_fork()  # a commit here would be on the parent's session
-            await link.commit()
-        except Exception:
-            await self._close_dedicated(link)
-            raise
-        except BaseException:
-            notice_fork()
-            if self._dedicated.pop(id(link), None) is not None:
-                link.discard()  # at once: nobody who is cancelled is kept waiting
-            raise
-        await self._close_dedicated(link)
-
-    async def _close_dedicated(self, link: Any) -> None:
-        notice_fork()
-        if self._dedicated.pop(id(link), None) is not None:  # else it is the parent's
-            await link.close()
+        return AsyncDedicated(self, self._seconds(timeout), autocommit)
 
     async def _open_dedicated(self, seconds: float) -> Any:
         notice_fork()

@@ -66,6 +66,7 @@ class AsyncUpkeep:
         self._thread = 0  # the loop's; read on the hot path
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._ticks_at = 0.0  # by our clock, while there is a timer
         self._end: AsyncGenerator[None, None] | None = None
         self._ending = False
         self._orphans: deque[SlotRef] = deque()
@@ -181,9 +182,10 @@ class AsyncUpkeep:
         seconds = min(max(0.0, when - clock()), LONGEST_SLEEP)
         timer = self._timer
         if timer is not None:
-            if timer.when() <= loop.time() + seconds:
+            if self._ticks_at <= when:  # uvloop's handles do not all know when
                 return
             timer.cancel()
+        self._ticks_at = when
         self._timer = loop.call_later(seconds, _tick_if_alive, self._home)
 
     # -- opening ----------------------------------------------------------------------------------

@@ -1,0 +1,69 @@
+"""A connection of its own, outside the pool's size, for one ``async with`` block.
+
+One job: open it, commit or roll back at the end, and end the session whatever ends the block.
+
+A class and no `@asynccontextmanager`: before 3.13 a coroutine that is closed, or destroyed, while
+it waits inside of an asynchronous generator does not reach the generator's `except` and `finally`,
+and the session would stay open for good.
+
+It must not know: slots, the machine. No lock.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from penstock.borrowing import notice_fork
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from penstock.aio import AsyncConnectionPool
+
+ConnT = TypeVar("ConnT")
+
+
+class AsyncDedicated(Generic[ConnT]):
+    """``async with pool.dedicated() as conn``."""
+
+    __slots__ = ("_autocommit", "_link", "_pool", "_seconds")
+
+    def __init__(
+        self, pool: AsyncConnectionPool[ConnT], seconds: float, autocommit: bool | None
+    ) -> None:
+        self._pool = pool
+        self._seconds = seconds
+        self._autocommit = autocommit
+        self._link: Any = None
+
+    async def __aenter__(self) -> ConnT:
+        link = await self._pool._open_dedicated(self._seconds)
+        self._link = self._pool._dedicated[id(link)] = link
+        link.lend()
+        if self._autocommit is not None:
+            link.set_autocommit(self._autocommit)
+        return link.conn  # type: ignore[no-any-return]  # a link is opaque to the pool
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        link, self._link = self._link, None
+        notice_fork()
+        if link is None or self._pool._dedicated.pop(id(link), None) is None:
+            return  # it is the parent's
+        try:
+            if error is None:
+                await link.commit()
+        except Exception:
+            await link.close()
+            raise
+        except BaseException:
+            link.discard()
+            raise
+        if error is None or isinstance(error, Exception):
+            await link.close()
+        else:
+            link.discard()  # at once: nobody who is cancelled is kept waiting
