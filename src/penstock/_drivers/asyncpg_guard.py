@@ -55,6 +55,8 @@ DEAD: Final = DeadProtocol(GIVEN_BACK)
 #: In a forked child, for what was open at the fork.
 INHERITED: Final = DeadProtocol(INHERITED_SESSION)
 
+_FORGETTING: Final = frozenset(("DISCARD ALL", "DEALLOCATE ALL"))
+
 # (schema, type) -> the method that set its codec, and with what.
 Codecs = dict[tuple[str, str], tuple[str, dict[str, Any]]]
 
@@ -93,8 +95,9 @@ class Watch:
 class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
     """What is put in front of a connection class: the connection notes changes of its settings.
 
-    It costs a statement nothing: the methods that run one are asyncpg's own, but for
-    `_check_open`, which is as dear as the one that it replaces.
+    It costs a statement nothing: the methods that run one are asyncpg's own, but for `_check_open`,
+    which is as dear as the one that it replaces, and for `execute` (0.2 us of 60), which looks for the
+    two commands that pull the statement cache from under asyncpg's feet.
     """
 
     __slots__ = ()
@@ -184,6 +187,31 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
     def _recode(self, schema: str, typename: str) -> None:
         self._touch("codecs")
         self._penstock.recoded.add((schema, typename))
+
+    async def execute(self, query: Any, *args: Any, timeout: Any = None) -> Any:
+        """Run a statement, as in asyncpg."""
+        status = await super().execute(query, *args, timeout=timeout)
+        if status in _FORGETTING:
+            # The server has forgotten what asyncpg prepared; asyncpg would count on it, and fail,
+            # each time until the statement leaves its cache.
+            self._mark_stmts_as_closed()
+        return status
+
+    async def close(self, *, timeout: Any = None) -> None:
+        """End the session, as in asyncpg."""
+        self._wish_to_end()
+        await super().close(timeout=timeout)
+
+    def terminate(self) -> None:
+        """Drop the session, as in asyncpg."""
+        self._wish_to_end()
+        super().terminate()
+
+    def _wish_to_end(self) -> None:
+        # asyncpg itself terminates, too, when a request to cancel has failed: that is no wish.
+        watch = self._penstock
+        if not self._is_parked() and not watch.protocol._is_cancelling():
+            watch.touched.add("closed")
 
     async def _reset(self) -> None:
         # Of asyncpg's own reset(): it takes all listeners away.

@@ -69,6 +69,7 @@ class AsyncpgLink:
         "_pending",
         "_references",
         "_reset",
+        "_resets",
         "_settings",
         "_transaction",
         "_transport",
@@ -91,6 +92,7 @@ class AsyncpgLink:
         self._references = 0  # of the protocol while nothing is under way; 0: not known yet
         self._transaction: Any = None
         self._pending: asyncio.Task[Any] | None = None
+        self._resets = False  # whether that is a reset
         self._login: str = conn._params.user
         self._reset = reset_message(self._login) if resets_session else None
         conn.add_termination_listener(self._watch.has_ended)
@@ -275,7 +277,7 @@ class AsyncpgLink:
         """
         if self._transaction is None:
             return
-        if self.hung_up() and self.conn._aborted:
+        if self.hung_up() and "closed" in self.touched:
             return
         if self.hung_up() or self.protocol.is_in_transaction():
             self._forget_transaction()
@@ -302,7 +304,8 @@ class AsyncpgLink:
             return False
 
     async def _tidied(self, deadline: float) -> bool:
-        await self._settled()
+        if not await self._settled():
+            return False
         protocol = self.protocol
         await protocol._wait_for_cancellation()
         if self.activity() in {Activity.BROKEN, Activity.ACTIVE}:
@@ -327,11 +330,16 @@ class AsyncpgLink:
         finally:
             self.conn._protocol = DEAD
 
-    async def _settled(self) -> None:
-        """Wait for what was sent without waiting."""
-        task, self._pending = self._pending, None
-        if task is not None:
-            await asyncio.wait({task})
+    async def _settled(self) -> bool:
+        """Wait for what was sent without waiting; whether that leaves a session to tidy."""
+        task = self._pending
+        if task is None:
+            return True
+        await asyncio.wait({task})
+        self._pending = None
+        # A commit that failed is rolled back, a reset that failed has cleaned nothing.
+        was_reset, self._resets = self._resets, False
+        return not (was_reset and (task.cancelled() or task.exception()))
 
     async def ping(self, seconds: float | None) -> bool:
         """One round trip. False if dead, busy or not answered in time."""
@@ -352,16 +360,16 @@ class AsyncpgLink:
             message = f"ROLLBACK; {message}"
         self._forget_transaction()
         self._start(self.protocol.query(message, None))
+        self._resets = True
         return True
 
     async def finish_reset(self, seconds: float | None) -> bool:
         """Read the answer to `start_reset`. False: not clean, or not in time; discard."""
-        task, self._pending = self._pending, None
+        task = self._pending
         if task is None:
             return False
-        try:
-            await asyncio.wait_for(asyncio.shield(task), seconds)
-        except FAILURES:
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done() or not await self._settled():
             return False
         if self.activity() is not Activity.IDLE or self._watch.recoded:
             return False

@@ -1,0 +1,269 @@
+"""Cancelled at each of its suspension points, everything of an asyncpg link leaves what the protocol says."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import asyncpg
+import pytest
+from tests.drivers.async_links import (
+    LOOPS,
+    registered,
+    run,
+    suspensions_of,
+    was_cancelled,
+)
+from tests.drivers.asyncpg_links import SECONDS, comes_true, one, opened, sockets
+
+from penstock._drivers.asyncpg import driver
+from penstock._drivers.protocol import Activity, Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from penstock._drivers.asyncpg_link import AsyncpgLink
+    from penstock.launcher import Server
+
+    Link = AsyncpgLink
+
+# What a link stands up to. A cancelled statement is the dearest: asyncpg opens a connection for it.
+POINTS = 40
+
+
+class Scenario(NamedTuple):
+    """Something that is cut off, what goes before it, and what must be true after all."""
+
+    before: Callable[[Link], Awaitable[Any]]
+    cut: Callable[[Link], Any]
+    after: Callable[[Link], Awaitable[Any]]
+
+
+async def nothing(_: Link) -> None:
+    pass
+
+
+async def begun(link: Link) -> None:
+    await link.begin()
+    await link.conn.execute("insert into apg values (1)")
+
+
+async def insert_by_hand(link: Link) -> None:
+    await link.conn.execute("begin; insert into apg values (1)")
+
+
+async def insert_cut_off(link: Link) -> None:
+    task = asyncio.ensure_future(link.conn.execute("insert into apg select 1 from pg_sleep(60)"))
+    await comes_true(link._is_busy)
+    task.cancel()
+    await asyncio.wait({task})
+    link.park()
+
+
+async def prepared(link: Link) -> None:
+    await link.execute("select $1::int", (1,))
+
+
+async def dirty(link: Link) -> None:
+    await link.execute("set work_mem to '7MB'")
+    await link.conn.execute("listen cut")
+    assert link.park()
+    assert link.start_reset()
+
+
+async def clean(link: Link) -> None:
+    assert await one(link, "show work_mem") != "7MB"
+    assert await one(link, "select count(*) from pg_listening_channels()") == 0
+
+
+async def committed(link: Link) -> None:
+    assert await one(link, "select count(*) from apg") == 1
+
+
+async def not_committed(link: Link) -> None:
+    assert await one(link, "select count(*) from apg") == 0
+
+
+async def with_codecs(link: Link) -> None:
+    await link.conn.set_type_codec("json", schema="pg_catalog", encoder=str, decoder=str)
+    await link.conn.add_listener("cut", print)
+    link.park()
+
+
+SCENARIOS = {
+    "execute": Scenario(nothing, lambda link: link.execute("select pg_sleep(0.002), 42"), nothing),
+    "execute, prepared": Scenario(prepared, prepared, nothing),
+    "apply settings": Scenario(nothing, lambda link: link.apply_settings({"a.b": "c"}), nothing),
+    "begin": Scenario(nothing, lambda link: link.begin(), nothing),
+    "commit": Scenario(begun, lambda link: link.commit(), committed),
+    "tidy a transaction": Scenario(insert_by_hand, lambda link: link.tidy(SECONDS), not_committed),
+    "tidy a statement": Scenario(insert_cut_off, lambda link: link.tidy(SECONDS), not_committed),
+    "tidy codecs": Scenario(with_codecs, lambda link: link.tidy(SECONDS), clean),
+    "ping": Scenario(nothing, lambda link: link.ping(SECONDS), nothing),
+    "finish a reset": Scenario(dirty, lambda link: link.finish_reset(SECONDS), clean),
+    "prepare": Scenario(nothing, lambda link: link.prepare(), nothing),
+}
+
+
+@pytest.fixture(scope="module")
+def table(server: Server) -> Any:
+    server.execute("create table apg (a int)")
+    yield server
+    server.execute("drop table apg")
+
+
+async def came_back(conninfo: str, scenario: Scenario, nth: int, *, late: bool) -> bool:
+    """Cut it off there; whether tidy could bring it back, and then everything is as it should be."""
+    async with opened(conninfo, reset="session") as link:
+        assert link.park()
+        link.lend()
+        await scenario.before(link)
+        await was_cancelled(scenario.cut(link), nth, late=late)
+        if link.activity() is Activity.IDLE:
+            link.park()
+            link.lend()
+            assert await one(link, "select 'the answer to this'") == "the answer to this"
+        link.park()
+        if not await link.tidy(SECONDS):
+            return False
+        assert link.activity() is Activity.IDLE
+        assert link.park()
+        link.lend()
+        assert await one(link, "select 'the answer to this'") == "the answer to this"
+        await scenario.after(link)
+        return True
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_cut_off_anywhere_a_link_tells_the_truth_and_comes_back(
+    table: Server, name: str, loop: str
+) -> None:
+    scenario = SCENARIOS[name]
+    conninfo = table.conninfo(over="unix")
+
+    async def main() -> None:
+        async with opened(conninfo, reset="session") as link:
+            assert link.park()
+            link.lend()
+            await scenario.before(link)
+            points = await suspensions_of(scenario.cut(link))
+        assert 0 < points < POINTS
+        for nth in range(1, points + 1):
+            for late in (False, True):
+                table.execute("truncate apg")
+                assert await came_back(conninfo, scenario, nth, late=late), (nth, points, late)
+
+    run(main(), loop)
+    gc.collect()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("over", ["unix", "tcp", "tls", "name"])
+def test_cancelled_anywhere_while_opening_nothing_is_left(
+    request: pytest.FixtureRequest, over: str, loop: str
+) -> None:
+    running: Server = request.getfixturevalue("tls_server" if over == "tls" else "server")
+    conninfo = (
+        running.conninfo(host="localhost") if over == "name" else running.conninfo(over=over)  # type: ignore[arg-type]
+    )
+    recipe = Recipe(conninfo=conninfo)
+
+    async def main() -> None:
+        before, waiting = sockets(), registered()
+        links: list[Link] = []
+
+        async def open_link() -> None:
+            links.append(await driver.open(recipe, SECONDS))
+
+        points = await suspensions_of(open_link())
+        await links.pop().close()
+        assert 2 <= points < POINTS
+        for nth in range(1, points + 1):
+            for late in (False, True):
+                cancelled = await was_cancelled(open_link(), nth, late=late)
+                assert cancelled or links
+                while links:
+                    await links.pop().close()
+                await comes_true(lambda: sockets() == before and registered() == waiting)
+                assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run(main(), loop)
+    gc.collect()  # filterwarnings = error: "Task was destroyed" would fail this test
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_asyncio_run_ends_with_an_open_under_way_without_a_complaint(
+    loop: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main(port: int) -> None:
+        recipe = Recipe(conninfo=f"host=127.0.0.1 port={port} user=me")
+        opening = asyncio.ensure_future(driver.open(recipe, None))
+        await asyncio.sleep(0.02)
+        assert not opening.done()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        run(main(listener.getsockname()[1]), loop)
+    gc.collect()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_commit_that_was_sent_goes_on_though_its_borrower_is_cancelled(
+    table: Server, loop: str
+) -> None:
+    table.execute("create table slow (a int unique deferrable initially deferred)")
+    table.execute("truncate apg")
+
+    async def main() -> None:
+        async with opened(table.conninfo()) as blocker, opened(table.conninfo()) as link:
+            await blocker.begin()
+            await blocker.conn.execute("insert into slow values (1)")
+            await link.begin()
+            await link.conn.execute("insert into apg values (1); insert into slow values (2)")
+            # The COMMIT waits for a lock of the constraint's check.
+            await link.conn.execute("insert into slow values (3)")
+            commit = asyncio.ensure_future(link.commit())
+            await asyncio.sleep(0)
+            commit.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await commit
+            assert not link.park()
+            assert await link.tidy(SECONDS)
+            assert link.activity() is Activity.IDLE and link.park()
+            link.lend()
+            assert await one(link, "select count(*) from apg") == 1
+
+    run(main(), loop)
+    table.execute("drop table slow")
+
+
+def test_a_failed_commit_whose_borrower_is_gone_makes_no_noise(
+    table: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    table.execute("create table late (a int unique deferrable initially deferred)")
+
+    async def main() -> None:
+        async with opened(table.conninfo()) as link:
+            await link.begin()
+            await link.conn.execute("insert into late values (1), (1)")
+            with pytest.raises(asyncpg.UniqueViolationError):
+                await link.commit()
+            assert link.park()
+            link.lend()
+            await link.begin()
+            await link.conn.execute("insert into late values (2), (2)")
+            commit = asyncio.ensure_future(link.commit())
+            await asyncio.sleep(0)
+            commit.cancel()
+            await asyncio.wait({commit})
+            assert link.park() or await link.tidy(SECONDS)
+            link.lend()
+            assert await one(link, "select count(*) from late") == 0
+
+    run(main())
+    gc.collect()
+    assert not caplog.records
+    table.execute("drop table late")
