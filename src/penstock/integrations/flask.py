@@ -35,7 +35,7 @@ from penstock.errors import ServerUnavailable as DatabaseUnavailable
 from penstock.integrations import flask_settings
 from penstock.integrations.flask_settings import MAIN
 from penstock.integrations.flask_streams import Streamed
-from penstock.integrations.loans import Loan, Loans
+from penstock.integrations.loans import Loan, Loans, execute
 from penstock.secret import Hidden
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ class Database(Generic[ConnT]):
             PenstockError: as `conn`.
             Exception: the driver's errors.
         """
-        conn: Any = self.conn
-        return cast("Rows", conn.execute(query, params))
+        return cast("Rows", execute(self.conn, query, params))
 
     def stream(self, body: Iterable[Any] | AnyResponse, **options: Any) -> Response:
         """Make a response that keeps `conn` until it has been sent, or is given up.

@@ -4,8 +4,8 @@ One job: borrow at first use, keep for the whole unit, end the transaction as to
 whatever happens. Frameworks say where a unit begins and ends; this file says what follows.
 
 It must not know: frameworks, settings, responses. It knows pools by `connection()`, and connections
-by what psycopg and psycopg2 have in common (`info.transaction_status`, `autocommit`, `commit`,
-`rollback`).
+by what psycopg and psycopg2 have in common (`info.transaction_status`, `autocommit`, `broken`, which
+penstock's psycopg2 connections have, `commit`, `rollback`); `execute` below hides the one difference.
 
 Lock: `Loans._lock` makes "look, then borrow" one step, for units that several threads work on (an
 async view's, a copied context's). It is held while the pool is waited for and while `on_first_use`
@@ -46,6 +46,15 @@ UNKNOWN: Final = 4  # the session is gone
 
 # One row if the transaction has written anything (or locked rows); since PostgreSQL 10.
 _WROTE: Final = "select 1 where pg_catalog.txid_current_if_assigned() is not null"
+
+
+def execute(conn: Any, query: Any, params: Any = None) -> Any:
+    """What psycopg's ``conn.execute`` does, on psycopg2's connections, too, which have none."""
+    if hasattr(conn, "execute"):
+        return conn.execute(query, params)
+    cursor = conn.cursor()
+    cursor.execute(query, params)
+    return cursor
 
 
 class Loan:
@@ -151,7 +160,7 @@ class Loan:
 
     def has_written(self) -> bool:
         """Whether the transaction that is open has anything to commit. One round trip."""
-        return bool(self.conn.execute(_WROTE, prepare=False).rowcount)
+        return self._ask_wrote(_WROTE)
 
     def give_back(self, error: BaseException | None) -> bool:
         """End it: roll back what is open, and return the connection. Does nothing the second time.
@@ -176,11 +185,21 @@ class Loan:
             return False
         if not _log.isEnabledFor(logging.WARNING):
             return False
+        # In one message: as dear as the rollback alone. psycopg2 shows the last answer only; its
+        # transaction is rolled back by the pool.
+        query = f"{_WROTE}; rollback" if hasattr(self.conn, "execute") else _WROTE
         try:
-            # In one message: as dear as the rollback alone.
-            return bool(self.conn.execute(f"{_WROTE}; rollback", prepare=False).rowcount)
+            return self._ask_wrote(query)
         except Exception:  # noqa: BLE001  then the pool rolls back, or closes it
             return False
+
+
+    def _ask_wrote(self, query: str) -> bool:
+        # Not by `execute`: psycopg would prepare it after a few times.
+        options = {"prepare": False} if hasattr(self.conn, "execute") else {}
+        cursor = self.conn.cursor()
+        cursor.execute(query, **options)
+        return bool(cursor.rowcount)
 
 
 class Loans:
