@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import Mapping
 from contextvars import ContextVar
 from functools import wraps
 from typing import (
@@ -29,6 +30,7 @@ from typing import (
     ParamSpec,
     TypeVar,
     cast,
+    overload,
 )
 
 from penstock.errors import ConfigError, MisuseError
@@ -36,7 +38,7 @@ from penstock.integrations.asgi_lifespan import Lifespan
 from penstock.integrations.asgi_requests import UNAVAILABLE, Exchange, Manner, OwnUnit, Unit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine
 
     from penstock.aio import AsyncConnectionPool
     from penstock.integrations.asgi_requests import App, Receive, Scope, Send
@@ -51,6 +53,7 @@ R = TypeVar("R")
 
 #: The main database's key.
 MAIN: Final = "default"
+Transactions = Literal["request", "explicit", "autocommit"]
 _MODES: Final = ("request", "explicit", "autocommit")
 
 
@@ -156,13 +159,16 @@ class Database(Generic[ConnT]):
             MisuseError: there is no such database.
         """
         pools = self._extension.pools
-        if self._key in pools:
-            return cast("AsyncConnectionPool[ConnT]", pools[self._key])
+        found = pools.get(self._key)
+        if found is None and self._key == MAIN and len(pools) == 1:
+            (found,) = pools.values()
+        if found is not None:
+            return cast("AsyncConnectionPool[ConnT]", found)
         known = ", ".join(map(repr, pools)) or "none"
         raise MisuseError(
             f"there is no database {self._key!r}; there is {known}",
-            next_step="give Penstock() a pool, or binds=, or set db.pools['default'] before the "
-            "first request",
+            next_step="give Penstock() a pool, or a mapping of pools, or set db.pools['default'] "
+            "before the first request",
         )
 
     def health(self) -> Health:
@@ -206,10 +212,10 @@ class Penstock(Database[ConnT]):
     """What an app's endpoints ask for connections, and the middleware that makes requests units.
 
     Args:
-        pool: the main database's, or None: put it into `pools` before the first request. It is
-            opened at the app's startup without waiting for the server, or by its first borrow
-            where no server runs startups, and closed at shutdown.
-        binds: pools of more databases, by key.
+        pool: the database's pool; of several databases a mapping of pools, `AsyncPools` for
+            example, in which "default" is the main one; None: put them into `pools` before the
+            first request. They are opened at the app's startup without waiting for their servers,
+            or by the first borrow where no server runs startups, and closed at shutdown.
         transactions: what commits. "request": an answer with a status below 400. "explicit":
             `commit`. "autocommit": each statement.
         retry_after: seconds. If set, a full pool or an unreachable server that the app answers with
@@ -224,12 +230,29 @@ class Penstock(Database[ConnT]):
         MisuseError: a pool is none for asyncio.
     """
 
+    @overload
     def __init__(
         self,
-        pool: AsyncConnectionPool[ConnT] | None = None,
+        pool: AsyncConnectionPool[ConnT],
         *,
-        binds: Mapping[str, AsyncConnectionPool[Any]] | None = None,
-        transactions: Literal["request", "explicit", "autocommit"] = "request",
+        transactions: Transactions = "request",
+        retry_after: int | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: Penstock[Any],
+        pool: Mapping[str, AsyncConnectionPool[Any]] | None = None,
+        *,
+        transactions: Transactions = "request",
+        retry_after: int | None = None,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        pool: AsyncConnectionPool[Any] | Mapping[str, AsyncConnectionPool[Any]] | None = None,
+        *,
+        transactions: Transactions = "request",
         retry_after: int | None = None,
     ) -> None:
         super().__init__(self, MAIN)
@@ -239,10 +262,8 @@ class Penstock(Database[ConnT]):
             )
         _check_seconds(retry_after)
         self.transactions: str = transactions
-        self.pools: dict[str, AsyncConnectionPool[Any]] = {}
-        if pool is not None:
-            self.pools[MAIN] = pool
-        self.pools.update(binds or {})
+        pools = {} if pool is None else pool if isinstance(pool, Mapping) else {MAIN: pool}
+        self.pools: dict[str, AsyncConnectionPool[Any]] = dict(pools)
         for each in self.pools.values():
             _check_pool(each)
         self._databases: dict[str, Database[Any]] = {}
@@ -362,5 +383,5 @@ def _check_pool(pool: Any) -> None:
     if not inspect.iscoroutinefunction(getattr(pool, "open", None)):
         raise MisuseError(
             f"Penstock() got a {type(pool).__name__}",
-            next_step="give it an AsyncConnectionPool; of a mapping of databases, binds= each",
+            next_step="give it an AsyncConnectionPool, or a mapping of them",
         )

@@ -411,6 +411,17 @@ async def test_other_databases_by_key_end_with_the_same_request(shop, notes):
 
 
 @on_a_loop
+async def test_pools_may_come_in_a_mapping_and_an_only_one_is_the_main_one(shop_of, driver, notes):
+    async with shop_of(driver) as shop, shop_of(driver) as other:
+        both = Penstock({"default": shop.pool, "other": other.pool})
+        async with both.unit():
+            assert await shop.value("select 1", await both["other"].connection()) == 1
+            assert (shop.in_use(), other.in_use()) == (0, 1)
+            assert await shop.value("select 1", await both.connection()) == 1
+        assert Penstock({"other": other.pool}).pool is other.pool
+
+
+@on_a_loop
 async def test_giving_back_early_lets_others_have_it_and_the_next_use_borrows_anew(shop):
     async with shop:
 
@@ -448,14 +459,14 @@ async def test_an_idle_session_that_ends_in_the_middle_of_a_request_is_replaced(
 
 def test_what_is_no_pool_for_asyncio_is_refused():
     with ConnectionPool("") as pool, pytest.raises(MisuseError, match="AsyncConnectionPool"):
-        Penstock(pool)  # type: ignore[arg-type]
+        Penstock(pool)  # type: ignore[call-overload]
     with pytest.raises(MisuseError, match="got a str"):
-        Penstock("postgresql://app@db/shop")  # type: ignore[arg-type]
+        Penstock("postgresql://app@db/shop")  # type: ignore[call-overload]
 
 
 def test_arguments_that_are_wrong_are_named():
     with pytest.raises(ConfigError, match="transactions"):
-        Penstock(transactions="sometimes")  # type: ignore[arg-type]
+        Penstock(transactions="sometimes")  # type: ignore[call-overload]
     with pytest.raises(ConfigError, match="retry_after"):
         Penstock(retry_after=-1)
 

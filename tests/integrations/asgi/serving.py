@@ -1,0 +1,94 @@
+"""An app under a real server, in a process of its own, and clients that have a connection per request.
+
+It must not know: what the app answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import httpx
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Served:
+    """A server from entry to exit of the `with` block.
+
+    Args:
+        command: how Python starts it: "-m", "uvicorn", ...; "{socket}" is replaced by what to listen on.
+        folder: to run in.
+        environment: more variables.
+    """
+
+    def __init__(self, command: Iterable[str], folder: Path, **environment: str) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self.socket = str(Path(self._folder.name, "socket"))
+        self._log = Path(self._folder.name, "log")
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, *(part.replace("{socket}", self.socket) for part in command)],
+                cwd=folder,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def __enter__(self) -> Self:
+        deadline = time.monotonic() + 60
+        while not self._listens():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise AssertionError(f"the server does not listen:\n{self.log()}")
+            time.sleep(0.02)  # nobody says when it listens
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._folder.cleanup()
+
+    def stop(self) -> int:
+        """End it as a supervisor does, by SIGTERM; gives its exit status."""
+        self._process.terminate()
+        try:
+            return self._process.wait(30)
+        finally:
+            self._process.kill()
+            self._process.wait()
+
+    def log(self) -> str:
+        """What the server and the app said."""
+        return self._log.read_text(errors="replace")
+
+    def ask(self, *requests: tuple[str, str], at_once: int = 16) -> list[httpx.Response]:
+        """Send (method, path) pairs, some at a time, each over a connection of its own."""
+        return asyncio.run(self._ask(requests, at_once))
+
+    async def _ask(self, requests: Iterable[tuple[str, str]], at_once: int) -> list[Any]:
+        turn = asyncio.Semaphore(at_once)
+        transport = httpx.AsyncHTTPTransport(
+            uds=self.socket, limits=httpx.Limits(max_keepalive_connections=0)
+        )
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://shop", timeout=60
+        ) as client:
+
+            async def one(method: str, path: str) -> httpx.Response:
+                async with turn:
+                    return await client.request(method, path)
+
+            return await asyncio.gather(*(one(*request) for request in requests))
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as client:
+            return client.connect_ex(self.socket) == 0
