@@ -135,6 +135,12 @@ def unregister(pool: Forkable) -> None:
             _pools.pop(key, None)
 
 
+def registered() -> list[Forkable]:
+    """Give what is registered and alive: every pool of this process that was not dropped."""
+    # list() of a dict's values is one C call; nothing can change the dict within it
+    return [pool for ref in list(_pools.values()) if (pool := ref()) is not None]
+
+
 def install() -> None:
     """Register the at-fork hooks, once; does nothing where there is no fork."""
     if not hasattr(os, "register_at_fork"):
@@ -205,12 +211,12 @@ def _run_before() -> None:
     for park in tuple(_before):
         left = max(0.0, deadline - time.monotonic())
         _report(_try(functools.partial(park, left)))
-    for pool in _living():
+    for pool in registered():
         _report(_try(pool.before_fork))
 
 
 def _run_in_parent() -> None:
-    for pool in _living():
+    for pool in registered():
         _report(_try(pool.after_fork_in_parent))
     for call in tuple(_in_parent):
         _report(_try(call))
@@ -278,13 +284,8 @@ def _child_side(pid: int, turn: _Turn) -> list[BaseException]:
 
 def _tell_child() -> list[BaseException]:
     failures = [_try(call) for call in tuple(_in_child)]
-    failures += [_try(pool.after_fork_in_child) for pool in _living()]
+    failures += [_try(pool.after_fork_in_child) for pool in registered()]
     return [failure for failure in failures if failure is not None]
-
-
-def _living() -> list[Forkable]:
-    # list() of a dict's values is one C call; nothing can change the dict within it
-    return [pool for ref in list(_pools.values()) if (pool := ref()) is not None]
 
 
 def _try(call: Callable[[], object]) -> Exception | None:

@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from penstock import sources
+from penstock import fork, sources
 from penstock.clock import clock
 from penstock.errors import MisuseError
 from penstock.secret import Hidden
@@ -217,6 +217,27 @@ class Pools(NamedPools[ConnectionPool[Any]]):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def close_all(timeout: float | None = 5.0) -> None:
+    """Close every open `ConnectionPool` of this process, wherever it was made, before it ends.
+
+    asyncio's pools are closed by their own loop only, so they are left alone; the end of the
+    process ends their sessions.
+
+    Args:
+        timeout: seconds to wait for lent connections, for all pools together; None: as long as it
+            takes.
+
+    Raises:
+        Exception: what a pool's close has raised; the others were closed all the same.
+    """
+    if not fork.page[0]:
+        fork.noticed()  # else it would end the parent's sessions
+    pools = [one for one in fork.registered() if isinstance(one, ConnectionPool) and one.opened]
+    failures = _close_each(pools, None if timeout is None else clock() + timeout)
+    if failures:
+        raise failures[0]
 
 
 def _close_each(pools: Any, deadline: float | None) -> list[BaseException]:
