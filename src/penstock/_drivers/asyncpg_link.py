@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from gc import get_referents
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 
+from penstock._drivers.asyncpg_end import drop, is_running
 from penstock._drivers.asyncpg_guard import DEAD, INHERITED, Settings
 from penstock._drivers.protocol import Activity, Reply
 from penstock._drivers.session_reset import LEARN, literal, reset_message
-from penstock._drivers.sockets import deadline_in, point_at_null, seconds_to, shut_down
+from penstock._drivers.sockets import deadline_in, point_at_null, seconds_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -96,7 +98,7 @@ class AsyncpgLink:
         self._login: str = conn._params.user
         self._reset = reset_message(self._login) if resets_session else None
         conn.add_termination_listener(self._watch.has_ended)
-        self._watch.drop = _Dropper(self.protocol, self._transport, loop, self.fd)
+        self._watch.drop = partial(drop, self.protocol, self._transport, loop, self.fd)
         self._settings = Settings(conn)
 
     # --- hot
@@ -394,12 +396,18 @@ class AsyncpgLink:
             self.discard()
 
     def discard(self) -> None:
-        """Drop the connection without a word to whoever waits; repeatable, on any thread."""
+        """Drop the connection; repeatable, from any thread, and when its loop is closed.
+
+        On its loop whoever waits for the connection is woken by an error at once. From elsewhere
+        the socket is shut down, and the loop finds that when it runs.
+        """
         self._watch.tell = self._watch.drop = None
-        if _is_running(self._loop):
+        if is_running(self._loop):
             self.conn._protocol = self.protocol
             self.conn.terminate()
-        _drop(self.protocol, self._transport, self._loop, self.fd)
+        elif self._loop.is_closed():
+            self.conn._protocol = DEAD
+        drop(self.protocol, self._transport, self._loop, self.fd)
 
     def abandon(self, *, busy: bool) -> None:  # noqa: ARG002  nothing of it is ever freed
         """In a forked child: let go of the parent's session without a byte on the wire."""
@@ -415,37 +423,6 @@ class AsyncpgLink:
             return os.fstat(self.fd).st_ino == self._inode
         except OSError:
             return False
-
-
-class _Dropper:
-    """What lets go of a session, without a reference to its connection."""
-
-    __slots__ = ("_what",)
-
-    def __init__(self, *what: Any) -> None:
-        self._what = what
-
-    def __call__(self) -> None:
-        _drop(*self._what)
-
-
-def _drop(protocol: Any, transport: Any, loop: asyncio.AbstractEventLoop, fd: int) -> None:
-    """End a session from wherever it is noticed: the loop's thread, another one, after the loop."""
-    if not loop.is_closed() and _is_running(loop):
-        protocol.abort()
-        transport.abort()
-        return
-    raw = getattr(transport.get_extra_info("socket"), "_sock", None)
-    if raw is None or raw.fileno() != fd:  # closed already (uvloop closes all when it is closed)
-        return
-    # Never the transport: it belongs to the loop's thread. Shut down, its loop finds the end.
-    shut_down(os.dup(fd))
-    if loop.is_closed():
-        raw.close()
-
-
-def _is_running(loop: asyncio.AbstractEventLoop) -> bool:
-    return asyncio._get_running_loop() is loop
 
 
 def _look_at(task: asyncio.Task[Any]) -> None:
