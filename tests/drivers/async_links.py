@@ -56,8 +56,9 @@ async def one(link: AsyncPsycopg3Link, query: str) -> Any:
     return reply.rows[0][0]
 
 
-def descriptors() -> set[str]:
-    gc.collect()
+def descriptors(*, collect: bool = True) -> set[str]:
+    if collect:
+        gc.collect()
     return {entry.name for entry in Path("/proc/self/fd").iterdir()}
 
 

@@ -13,13 +13,10 @@ from __future__ import annotations
 import asyncio
 from os import getpid
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from penstock._drivers import sockets
 from penstock._drivers.sockets import READ, WRITE
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 #: Seconds. How late a wait is at most whose registration somebody else has removed.
 BEAT: Final = 0.5
@@ -52,52 +49,33 @@ async def _one_beat(fd: int, events: int, seconds: float) -> int:
     pid = getpid()
     timer = loop.call_later(seconds, _tell, woken, 0)
     try:
-        _register(loop, fd, events, woken)
+        _forget(loop, fd)  # whose it was before
+        if events & READ:
+            loop.add_reader(fd, _tell, woken, READ)
+        if events & WRITE:
+            loop.add_writer(fd, _tell, woken, WRITE)
         return await woken
     finally:
         timer.cancel()
         # In a forked child, where this coroutine is dropped: the loop's epoll is the parent's, too.
         if getpid() == pid:
-            _forget(loop, fd, events)
-
-
-def is_awaited(fd: int) -> bool:
-    """Whether somebody on this loop waits for `fd`. It does not wake him any more after this."""
-    loop = asyncio.get_running_loop()
-    read, written = loop.remove_reader(fd), loop.remove_writer(fd)
-    return read or written
+            _forget(loop, fd)
 
 
 def stop_awaiting(fd: int) -> None:
-    """Have nobody wait for `fd` any more, on the running loop, if one runs."""
+    """Have nobody wait for `fd` any more on the running loop, if one runs: it is about to be closed."""
     try:
-        is_awaited(fd)
+        _forget(asyncio.get_running_loop(), fd)
     except (RuntimeError, NotImplementedError):  # none runs, or it knows no descriptors
         return
 
 
-def _register(
-    loop: asyncio.AbstractEventLoop, fd: int, events: int, woken: asyncio.Future[int]
-) -> None:
-    if events & READ:
-        _add(loop.add_reader, fd, woken, READ)
-    if events & WRITE:
-        _add(loop.add_writer, fd, woken, WRITE)
-
-
-def _add(add: Callable[..., object], fd: int, woken: asyncio.Future[int], seen: int) -> None:
-    try:
-        add(fd, _tell, woken, seen)
-    except OSError:
-        # asyncio took the number for one that it has, and the kernel knew better. It has forgotten it.
-        add(fd, _tell, woken, seen)
-
-
-def _forget(loop: asyncio.AbstractEventLoop, fd: int, events: int) -> None:
-    if events & READ:
-        loop.remove_reader(fd)
-    if events & WRITE:
-        loop.remove_writer(fd)
+def _forget(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    for remove in (loop.remove_reader, loop.remove_writer):
+        try:
+            remove(fd)
+        except OSError:  # asyncio took it for a socket that is closed; it has forgotten that now
+            continue
 
 
 def _tell(woken: asyncio.Future[int], seen: int) -> None:

@@ -22,7 +22,7 @@ import psycopg
 from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
 
 from penstock._drivers import psycopg3_connect as connecting
-from penstock._drivers.awaiting import is_awaited, stop_awaiting
+from penstock._drivers.awaiting import stop_awaiting
 from penstock._drivers.protocol import Diagnosis, Recipe, Reply
 from penstock._drivers.psycopg3_async_connect import connect
 from penstock._drivers.psycopg3_async_wire import cancel_on_server, driven, read_answers
@@ -217,11 +217,11 @@ class AsyncPsycopg3Link(PgconnLink):
         """Read what is pending, roll back, restore client-side settings; within `seconds`.
 
         A reply to a statement of the borrower is not waited for: the server is asked to cancel it. False,
-        and the link is good for `discard` only: broken, not in time, a COPY under way, somebody is
-        still inside a ``transaction()``, ``pipeline()`` or ``notifies()`` of it or waits on it in
+        and the link is good for `discard` only: broken, not in time, a COPY under way, or somebody is
+        still inside a ``transaction()``, ``pipeline()`` or ``notifies()`` of it, or in a statement in
         another task.
         """
-        if self._asked_to_cancel or self._is_inside_block() or is_awaited(self.fd):
+        if self._asked_to_cancel or self._is_inside_block():
             return False
         deadline = deadline_in(seconds)
         try:
