@@ -22,7 +22,7 @@ import asyncpg
 import psycopg_pool
 from report import environment, heading, options, save, table
 
-from penstock import AsyncConnectionPool
+from penstock import AsyncConnectionPool, PoolConfig
 from penstock.conninfo import parse, to_url
 from penstock.launcher import Server
 
@@ -66,7 +66,9 @@ async def leave_as_it_is(_connection: object) -> None:
 async def contestants(dsn: str, closing: AsyncExitStack) -> list[Contestant]:
     found = []
     for name, driver in ((OURS, "psycopg"), (OURS_ASYNCPG, "asyncpg")):
-        pool: AsyncConnectionPool[Any] = AsyncConnectionPool(dsn, driver=driver, name="bench")
+        pool = AsyncConnectionPool.from_config(
+            PoolConfig(conninfo=dsn, driver=driver, name="bench")
+        )
         await closing.enter_async_context(pool)
         await pool.open(wait=True)
         found.append(Contestant(name, pool.connection))

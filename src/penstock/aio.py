@@ -18,7 +18,7 @@ import logging
 import random
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast, overload
 
 from penstock import _drivers, fork, loops, watch
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
@@ -38,12 +38,21 @@ from penstock.task_reports import TaskReporter
 from penstock.threads import abandon, new, next_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
     from types import TracebackType
+    from typing import Literal, Unpack
 
+    import asyncpg
+    import psycopg
+    from psycopg.rows import TupleRow
+
+    from penstock._drivers.protocol import AsyncDriver
     from penstock._machine.slot import Slot
     from penstock._machine.tally import Stats
+    from penstock.config import AsyncOptions
     from penstock.reports import Health
+
+    Conninfo = str | Callable[[], str | Awaitable[str]]
 
 ConnT = TypeVar("ConnT")
 
@@ -77,9 +86,49 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         DriverNotFoundError: the driver's library is not installed.
     """
 
+    @overload
+    def __init__(
+        self: AsyncConnectionPool[psycopg.AsyncConnection[TupleRow]],
+        conninfo: Conninfo = "",
+        *,
+        connection_class: None = None,
+        driver: Literal["psycopg"] = "psycopg",
+        **options: Unpack[AsyncOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: AsyncConnectionPool[asyncpg.Connection],
+        conninfo: Conninfo = "",
+        *,
+        connection_class: None = None,
+        driver: Literal["asyncpg"],
+        **options: Unpack[AsyncOptions],
+    ) -> None: ...
+
+    @overload
     def __init__(
         self,
-        conninfo: str | Callable[[], Any] = "",
+        conninfo: Conninfo = "",
+        *,
+        connection_class: None = None,
+        driver: AsyncDriver[ConnT],
+        **options: Unpack[AsyncOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        conninfo: Conninfo = "",
+        *,
+        connection_class: type[ConnT],
+        driver: str | AsyncDriver[Any] = "psycopg",
+        **options: Unpack[AsyncOptions],
+    ) -> None: ...
+
+    def __init__(
+        self,
+        conninfo: Conninfo = "",
         *,
         connection_class: type[ConnT] | None = None,
         **options: Any,
@@ -105,11 +154,7 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
     def _set_up(self, config: PoolConfig) -> None:
         self._config = config
         self.name: str = config.name or next_name()
-        self._driver = (
-            _drivers.load(config.driver, asynchronous=True)
-            if isinstance(config.driver, str)
-            else config.driver
-        )
+        self._driver = _drivers.chosen(config.driver, asynchronous=True)
         self._timeout = FOREVER if config.timeout is None else config.timeout
         self._home = weakref.ref(self)
         self._plain = _wants_nothing_special(config)

@@ -18,8 +18,9 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, get_origin
 
 from penstock._machine.policy import Limits
@@ -31,7 +32,7 @@ from penstock.secret import Hidden, Unfit, veiled
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from penstock._drivers.protocol import Driver
+    from penstock._drivers.protocol import AsyncDriver, Driver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -84,7 +85,7 @@ class PoolConfig:
         default=None, hash=False
     )
     connection_class: type[Any] | None = None
-    driver: str | Driver[Any] = "psycopg"
+    driver: str | Driver[Any] | AsyncDriver[Any] = "psycopg"
     min_size: int = 1
     max_size: int = 10
     name: str | None = None
@@ -195,6 +196,17 @@ class PoolConfig:
                  if getattr(self, key) != default]  # fmt: skip
         return f"PoolConfig({', '.join(parts)})"
 
+    def without_coroutines(self) -> PoolConfig:
+        """Give itself, for a pool that awaits nothing.
+
+        Raises:
+            ConfigError: a callable is a coroutine function: nobody would await what it returns.
+        """
+        for key in _CALLABLES:
+            self._check(not iscoroutinefunction(getattr(self, key)), key,
+                        "a plain function (AsyncConnectionPool awaits coroutine functions)")  # fmt: skip
+        return self
+
     # -- checks ---------------------------------------------------------------------------------
 
     def _check_source(self) -> None:
@@ -300,14 +312,19 @@ if not TYPE_CHECKING:  # type checkers read the generated one, and know the name
     PoolConfig.__init__ = functools.wraps(PoolConfig.__init__)(_init)
 
 
-class Options(TypedDict, total=False):
-    """The options that `ConnectionPool` takes by name, for type checkers; see `PoolConfig`.
+#: Options that are, or may be, callables of the user.
+_CALLABLES = (
+    "conninfo", "kwargs", "configure", "check", "reset", "on_borrow", "reconnect_failed",
+)  # fmt: skip
+
+
+class _CommonOptions(TypedDict, total=False):
+    """The options that every pool takes by name, for type checkers; see `PoolConfig`.
 
     `conninfo`, `connection_class` and `driver` are parameters of its own. tests/typing holds that this
     is the same list as PoolConfig's.
     """
 
-    kwargs: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None
     min_size: int
     max_size: int
     name: str | None
@@ -328,6 +345,20 @@ class Options(TypedDict, total=False):
     server_check_interval: float | None
     read_write: bool
     open: bool
+
+
+class Options(_CommonOptions, total=False):
+    """The options that `ConnectionPool` takes by name."""
+
+    kwargs: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None
+
+
+class AsyncOptions(_CommonOptions, total=False):
+    """The options that `AsyncConnectionPool` takes by name."""
+
+    kwargs: (
+        Mapping[str, Any] | Callable[[], Mapping[str, Any] | Awaitable[Mapping[str, Any]]] | None
+    )
 
 
 OPTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(PoolConfig))

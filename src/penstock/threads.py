@@ -148,11 +148,9 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         return pool
 
     def _set_up(self, config: PoolConfig) -> None:
-        self._config = config
+        self._config = config.without_coroutines()
         self.name: str = config.name or next_name()
-        self._driver = (
-            _drivers.load(config.driver) if isinstance(config.driver, str) else config.driver
-        )
+        self._driver = _drivers.chosen(config.driver, asynchronous=False)
         self._timeout = FOREVER if config.timeout is None else config.timeout
         self._lease = _lease_class(self._driver)
         self._plain = _wants_nothing_special(config)

@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import Any, assert_type
 
 from flask import Flask, Response
-from psycopg import Connection
+from psycopg import AsyncConnection, Connection
 from psycopg.rows import DictRow, TupleRow, dict_row
 from psycopg2.extensions import connection as Connection2  # noqa: N812  a class in spite of its name
 from psycopg2.extras import RealDictConnection
 
-from penstock import ConnectionPool, Health, PoolConfig, Pools, Result, Stats
+from penstock import (
+    AsyncConnectionPool,
+    AsyncPools,
+    ConnectionPool,
+    Health,
+    PoolConfig,
+    Pools,
+    Result,
+    Stats,
+)
 from penstock.integrations.flask import Database, Penstock
 
 
@@ -170,3 +179,50 @@ def view() -> Response:
     orders.rollback()
     say_who(db.conn)
     return db.stream((str(row) for row in rows), mimetype="text/csv", status=203)
+
+
+# -- asyncio ---------------------------------------------------------------------------------------
+
+
+class AuditedAsyncConnection(AsyncConnection[DictRow]):
+    """A class of the user's own."""
+
+
+async def token() -> str:
+    return "postgresql://app@db/shop"
+
+
+async def options() -> dict[str, str]:
+    return {"password": "from a vault"}
+
+
+async def configure(conn: AsyncConnection[TupleRow]) -> None:
+    await conn.execute("set search_path = shop")
+
+
+later = AsyncConnectionPool("postgresql://app@db/shop", max_size=4, configure=configure)
+assert_type(later, AsyncConnectionPool[AsyncConnection[TupleRow]])
+assert_type(AsyncConnectionPool(token, kwargs=options).name, str)
+
+own_later = AsyncConnectionPool(connection_class=AuditedAsyncConnection)
+assert_type(own_later, AsyncConnectionPool[AuditedAsyncConnection])
+
+with_asyncpg = AsyncConnectionPool("postgresql://app@db/shop", driver="asyncpg")
+
+
+async def borrow_later() -> None:
+    async with later.connection() as conn:
+        assert_type(conn, AsyncConnection[TupleRow])
+    async with own_later.connection(timeout=1.0, autocommit=True) as own_conn:
+        assert_type(own_conn, AuditedAsyncConnection)
+    conn = await later.getconn()
+    assert_type(conn, AsyncConnection[TupleRow])
+    await later.putconn(conn)
+    async with later.dedicated() as alone:
+        assert_type(alone, AsyncConnection[TupleRow])
+    assert_type(await later.execute("select 1"), Result)
+    async with with_asyncpg.connection(transaction=True) as other:
+        await other.execute("select 1")
+    assert_type(later.stats(), Stats)
+    async with AsyncPools.from_file("db.ini") as pools:
+        assert_type(pools["orders"], AsyncConnectionPool[Any])

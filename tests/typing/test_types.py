@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.config import OPTIONS, Options
+from penstock.config import OPTIONS, AsyncOptions, Options
 
 HERE = Path(__file__).parent
 FILES = [str(HERE / name) for name in ("as_users_write.py", "as_users_should_not.py")]
@@ -37,4 +37,5 @@ def test_pyright_does_too() -> None:
 
 def test_the_typed_options_are_all_options_but_the_three_that_are_parameters() -> None:
     parameters = {"conninfo", "connection_class", "driver"}
-    assert {*Options.__annotations__} | parameters == set(OPTIONS)
+    for options in (Options, AsyncOptions):
+        assert {*options.__annotations__} | parameters == set(OPTIONS)

@@ -6,9 +6,10 @@ This file only finds a driver by its name, at first use: `import penstock` impor
 from __future__ import annotations
 
 import importlib
+from inspect import iscoroutinefunction
 from typing import Any, Final
 
-from penstock.errors import help_line
+from penstock.errors import ConfigError, help_line
 
 #: Name -> (module here, what must be installed, the extra that brings it).
 _KNOWN: Final = {
@@ -26,6 +27,23 @@ class DriverNotFoundError(ImportError):
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{help_line('docs/errors/driver-not-found-error.md')}"
+
+
+def chosen(driver: Any, *, asynchronous: bool) -> Any:
+    """The driver that a pool was told: loaded by its name, or the object itself.
+
+    Raises:
+        DriverNotFoundError: as `load`.
+        ConfigError: a driver for asyncio was given to a pool for threads, or the other way round.
+    """
+    if isinstance(driver, str):
+        return load(driver, asynchronous=asynchronous)
+    if iscoroutinefunction(driver.open) is not asynchronous:
+        kind = type(driver).__name__
+        if asynchronous:
+            raise ConfigError("driver", kind, "an AsyncDriver: its open() is a coroutine function")
+        raise ConfigError("driver", kind, "a Driver: one for asyncio goes to AsyncConnectionPool")
+    return driver
 
 
 def load(name: str, *, asynchronous: bool = False) -> Any:
