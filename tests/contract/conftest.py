@@ -1,78 +1,25 @@
-"""One pool over a fake server, the same for every runtime; threads, until others are there."""
+"""Pools of threads over a fake server, for what only threads promise; see `world.py` for the others."""
 
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import pytest
 
 from penstock import ConnectionPool
 from penstock.testing import FakeDriver, FakeServer
-
-#: How long a test waits for another thread: a failure's price, never a pass mark.
-PATIENCE = 20.0
+from tests.contract.databases import ShapedDriver
+from tests.contract.runtimes import PATIENCE
 
 
 @pytest.fixture
-def server():
+def fake():
     with FakeServer() as fake:
         yield fake
 
 
-class ShapedDriver(FakeDriver):
-    """The fake driver with links of psycopg's shape, so that `PgconnLease` is used, too."""
-
-    pgconn_shaped = True
-
-    def open(self, recipe, seconds):
-        link: Any = super().open(recipe, seconds)
-        link.attributes = Attributes(link)
-        link.handle = Handle(link)
-        link.dead = None
-        link.touched = Touched(link)
-        return link
-
-
-class Attributes(dict):
-    """Storing the handle is lending, storing None is parking."""
-
-    def __init__(self, link):
-        self.link = link
-
-    def __setitem__(self, key, value):
-        assert key == "pgconn"
-        if value is None:
-            self.link.park()
-        else:
-            self.link.lend()
-
-
-class Handle:
-    """Tells the state of the fake link's session as libpq would."""
-
-    pipeline_status = 0
-
-    def __init__(self, link):
-        self.link = link
-
-    @property
-    def transaction_status(self):
-        return 0 if self.link.activity().value == "idle" else 1
-
-
-class Touched:
-    """True when the client-side settings are not as they were."""
-
-    def __init__(self, link):
-        self.link = link
-
-    def __bool__(self):
-        return self.link.conn.autocommit != self.link._autocommit
-
-
 @pytest.fixture(params=["Lease", "PgconnLease", "LockedMachine"])
-def make_pool(request, server, until, monkeypatch):
+def make_pool(request, fake, until, monkeypatch):
     """Makes pools of the fake server, and closes them.
 
     With each plain lease that there is, and with the machine for interpreters without a global lock.
@@ -83,7 +30,7 @@ def make_pool(request, server, until, monkeypatch):
         monkeypatch.setattr("penstock.threads._has_global_lock", lambda: False)
 
     def make(**options):
-        pool = ConnectionPool(driver=driver(server), **{"timeout": PATIENCE, **options})
+        pool = ConnectionPool(driver=driver(fake), **{"timeout": PATIENCE, **options})
         pools.append(pool)
         return pool
 

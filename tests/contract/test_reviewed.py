@@ -21,9 +21,7 @@ import pytest
 
 from penstock import (
     ConnectionPool,
-    MisuseError,
     PenstockError,
-    PoolTimeout,
     ServerUnavailable,
     borrowing,
     keeper,
@@ -34,9 +32,10 @@ from penstock._machine.machine import Machine, Verdict, Waiter
 from penstock._machine.orders import Open
 from penstock._machine.policy import Limits
 from penstock.clock import clock
-from penstock.testing import FakeConnection, FakeDriver, FakeLink, FakeServer, Mode
-from tests.contract.conftest import PATIENCE, Borrower
+from penstock.testing import FakeDriver, FakeLink, FakeServer, Mode
+from tests.contract.conftest import Borrower
 from tests.contract.interrupting import end_keeper
+from tests.contract.runtimes import PATIENCE
 from tests.forks import Child, quiet_libc_fork
 from tests.machine.interleaver import Interleaver, SimLock
 
@@ -164,9 +163,9 @@ def test_a_lease_dropped_after_a_check_that_raised_comes_home_though_the_error_m
 
 
 def test_a_pool_that_could_not_connect_is_freed_by_reference_counting_alone(no_gc, until):
-    with FakeServer() as server:
-        server.mode = Mode.DOWN
-        pool = ConnectionPool(driver=FakeDriver(server), timeout=0.1)
+    with FakeServer() as fake:
+        fake.mode = Mode.DOWN
+        pool = ConnectionPool(driver=FakeDriver(fake), timeout=0.1)
         assert isinstance(caught(partial(pool.execute, "select 1")), ServerUnavailable)
         ref = weakref.ref(pool)
         del pool
@@ -261,15 +260,15 @@ def test_a_signal_handler_that_serves_the_first_waiter_does_not_upset_who_looks_
 # -- what changes while a connection is on its way to its borrower -------------------------------
 
 
-def hang_up(pool, server, conn):
+def hang_up(pool, fake, conn):
     """The server ends this session, and the watcher is told at this very moment."""
     link = conn._link
-    server.hang_up(link.number)
+    fake.hang_up(link.number)
     [slot] = [each for each in pool._machine.slots() if each.link is link]
     upkeep._told_of_end(slot.ref, link.fd)
 
 
-def drain(pool, server, conn):
+def drain(pool, fake, conn):
     pool.drain()
 
 
@@ -278,7 +277,7 @@ disturbances = pytest.mark.parametrize("disturb", [hang_up, drain])
 
 @disturbances
 def test_what_was_given_and_is_condemned_before_it_is_received_is_not_lent(
-    make_pool, server, until, monkeypatch, disturb
+    make_pool, fake, until, monkeypatch, disturb
 ):
     pool = make_pool(min_size=0, max_size=1)
     holder = Borrower(pool).wait()
@@ -288,7 +287,7 @@ def test_what_was_given_and_is_condemned_before_it_is_received_is_not_lent(
         sleep_at(gate, seconds)  # here the waiter has been given the holder's connection
         if not windows:
             windows.append(None)
-            disturb(pool, server, holder.conn)
+            disturb(pool, fake, holder.conn)
 
     with monkeypatch.context() as patch:
         patch.setattr(borrowing, "_sleep_at", sleep_and_disturb)
@@ -303,104 +302,14 @@ def test_what_was_given_and_is_condemned_before_it_is_received_is_not_lent(
     waiter.end()
 
 
-@disturbances
-def test_what_is_condemned_during_its_ping_is_not_lent_though_it_was_answered(
-    make_pool, server, monkeypatch, disturb
-):
-    pool = make_pool(min_size=0, max_size=1, ping_after=0)
-    with pool.connection() as first:
-        pass
-    ping, answered = FakeLink.ping, []
-
-    def ping_and_disturb(link, seconds):
-        answer = ping(link, seconds)
-        if link.conn is first:
-            answered.append(answer)
-            disturb(pool, server, first)
-        return answer
-
-    monkeypatch.setattr(FakeLink, "ping", ping_and_disturb)
-    with pool.connection() as conn:
-        assert conn is not first
-        assert not conn.closed
-    assert answered == [True]
-
-
 # -- the user's code takes too long, or always says no --------------------------------------------
-
-
-def test_an_on_borrow_that_outlasts_the_timeout_is_an_error_and_its_connection_is_not_lent(
-    make_pool, until
-):
-    slow: list[FakeConnection] = []
-
-    def on_borrow(conn):
-        if not slow:
-            slow.append(conn)
-            until(lambda: conn.closed)  # so long that the time is up
-
-    pool = make_pool(max_size=1, on_borrow=on_borrow)
-    pool.open()
-    until(lambda: pool.stats().idle == 1)
-    with pytest.raises(Exception, match="on_borrow") as raised, pool.connection(timeout=0.2):
-        pass
-    assert isinstance(raised.value, (PenstockError, pool._driver.operational_error))
-    with pool.connection() as conn:
-        assert conn is not slow[0]
-        assert not conn.closed
-
-
-def test_a_check_that_outlasts_the_timeout_does_not_let_its_connection_be_lent(make_pool, until):
-    slow: list[FakeConnection] = []
-
-    def check(conn):
-        if not slow:
-            slow.append(conn)
-            until(lambda: conn.closed)
-
-    pool = make_pool(max_size=1, check=check)
-    with contextlib.suppress(PenstockError), pool.connection(timeout=0.2) as conn:
-        assert conn is not slow[0]
-    assert slow[0].closed
-    with pool.connection() as conn:
-        assert conn is not slow[0]
-        assert not conn.closed
-
-
-def test_a_reset_that_outlasts_its_time_does_not_let_its_connection_be_lent_again(
-    make_pool, until, monkeypatch
-):
-    monkeypatch.setattr(borrowing, "TIDY_SECONDS", 0.05)
-    slow: list[FakeConnection] = []
-
-    def reset(conn):
-        if not slow:
-            slow.append(conn)
-            until(lambda: conn.closed)
-
-    pool = make_pool(max_size=1, reset=reset)
-    with pool.connection() as first:
-        pass
-    assert slow == [first]
-    with pool.connection() as conn:
-        assert conn is not first
-        assert not conn.closed
-
-
-def test_a_check_that_always_refuses_costs_few_connects_and_the_error_says_why(make_pool, server):
-    pool = make_pool(min_size=0, timeout=1.0, check=failing(ZeroDivisionError, "no good"))
-    with pytest.raises(PoolTimeout, match=r"within 1\.0 s") as raised, pool.connection():
-        pass
-    assert raised.value.timeout == 1.0
-    assert isinstance(raised.value.__cause__, ZeroDivisionError)
-    assert 1 <= server.connects < 30
 
 
 # -- a keeper that nothing holds up ---------------------------------------------------------------
 
 
 def test_a_driver_whose_ends_raise_neither_keeps_the_keeper_busy_nor_loses_the_right(
-    make_pool, server, monkeypatch, caplog
+    make_pool, fake, monkeypatch, caplog
 ):
     pool = make_pool(min_size=0, max_size=1)
     attempts: list[FakeLink] = []
@@ -460,25 +369,6 @@ def test_a_tick_in_a_huge_number_of_seconds_lets_the_keeper_sleep(make_pool, unt
     keeper_is_through()
     pool.execute("select 1")
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
-
-
-@pytest.mark.parametrize("huge", HUGE)
-def test_waiting_for_a_huge_number_of_seconds_is_waiting(make_pool, until, huge):
-    pool = make_pool(min_size=0, max_size=1)
-    pool.open(wait=True, timeout=huge)
-    holder = Borrower(pool).wait()
-    waiter = Borrower(pool, timeout=huge)
-    until(lambda: pool.stats().waiting == 1, pool)
-    holder.end()
-    assert waiter.wait().error is None
-    waiter.end()
-    with pool.connection(timeout=huge) as conn:
-        with pytest.raises(MisuseError):
-            pool.getconn(timeout=huge)
-        assert not conn.closed
-    with pool.dedicated(timeout=huge) as conn:
-        conn.execute("select 1")
-    pool.close(timeout=huge)
 
 
 @pytest.mark.parametrize("huge", HUGE)
