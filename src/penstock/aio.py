@@ -24,7 +24,7 @@ from penstock import _drivers, fork, loops, watch
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
 from penstock._machine.slot import SlotState
 from penstock.async_borrowing import AsyncBorrowing
-from penstock.async_dedicated import AsyncDedicated
+from penstock.async_dedicated import AsyncDedicated, opened_aside
 from penstock.async_lease import AsyncCarefulLease, AsyncLease
 from penstock.async_opening import AsyncOpener
 from penstock.async_upkeep import let_go_of_all, orphaned
@@ -324,7 +324,7 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         if self._machine.phase is Phase.CLOSED:
             raise self._reporter.closed()
         try:
-            return await self._opener.open(min(seconds, CONNECT_SECONDS))
+            return await opened_aside(self._opener.open(min(seconds, CONNECT_SECONDS)))
         except Exception as error:  # noqa: BLE001  whatever it is, it is explained
             failure = await self._opener.explain(error)
         raise self._reporter.not_opened(failure, seconds)

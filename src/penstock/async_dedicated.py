@@ -11,11 +11,13 @@ It must not know: slots, the machine. No lock.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from penstock.borrowing import notice_fork
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
     from types import TracebackType
 
     from penstock.aio import AsyncConnectionPool
@@ -67,3 +69,24 @@ class AsyncDedicated(Generic[ConnT]):
             await link.close()
         else:
             link.discard()  # at once: nobody who is cancelled is kept waiting
+
+
+async def opened_aside(connecting: Coroutine[Any, Any, Any]) -> Any:
+    """The link that `connecting` opens, in a task of its own; whoever waits may vanish at any moment.
+
+    Drivers see to a cancellation, but not all to a coroutine that is closed or destroyed (asyncpg's
+    connect leaves its socket open then). A task can only be cancelled.
+    """
+    task = asyncio.get_running_loop().create_task(connecting)
+    try:
+        await asyncio.wait({task})
+    except BaseException:
+        task.add_done_callback(_drop)
+        task.cancel()
+        raise
+    return task.result()
+
+
+def _drop(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().discard()
