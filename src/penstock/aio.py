@@ -323,11 +323,12 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         notice_fork()
         if self._machine.phase is Phase.CLOSED:
             raise self._reporter.closed()
+        began = clock()
         try:
             return await opened_aside(self._opener.open(min(seconds, CONNECT_SECONDS)))
         except Exception as error:  # noqa: BLE001  whatever it is, it is explained
             failure = await self._opener.explain(error)
-        raise self._reporter.not_opened(failure, seconds)
+        raise self._reporter.not_opened(failure, clock() - began)
 
     # -- the pool's life --------------------------------------------------------------------------
 
