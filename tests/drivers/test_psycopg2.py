@@ -944,6 +944,38 @@ def test_ping_works_parked_and_leaves_it_parked(dsn: str, open_link: OpenLink) -
     assert link.park()
 
 
+def test_a_wait_callback_that_knows_nothing_of_pools_works_on_a_parked_connection(
+    open_link: OpenLink,
+) -> None:
+    """As psycogreen's: under gevent psycopg2 waits by calling it with the connection."""
+    heard: list[bool] = []
+
+    def wait_for(conn: Any) -> None:
+        heard.append(bool(conn.closed))
+        if conn.closed:  # for everybody else
+            with pytest.raises(psycopg2.InterfaceError, match=GIVEN_BACK):
+                conn.cursor()
+        while (state := conn.poll()) != extensions.POLL_OK:
+            wanted = ([conn], []) if state == extensions.POLL_READ else ([], [conn])
+            select.select(*wanted, [], SECONDS)
+
+    extensions.set_wait_callback(wait_for)
+    try:
+        link = open_link(reset="session")
+        link.prepare()
+        run(link.conn, "select 1")
+        assert not link.park()
+        assert link.tidy(SECONDS)
+        assert link.ping(SECONDS)
+        assert link.start_reset() and link.finish_reset(SECONDS)
+        assert heard[-1]
+        link.lend()
+        assert one(link, "select 1") == 1
+        assert link.park()
+    finally:
+        extensions.set_wait_callback(None)
+
+
 def test_ping_is_one_round_trip(server: Server, proxy: WireProxy) -> None:
     link = driver.open(Recipe(conninfo=server.conninfo(port=proxy.port)), SECONDS)
     link.prepare()

@@ -14,7 +14,7 @@ It must not know: pools, slots, leases, waiters, limits.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg2
@@ -37,7 +37,7 @@ from penstock._drivers.session_reset import LEARN, reset_message
 from penstock._drivers.sockets import READ, deadline_in, point_at_null, shut_down, wait
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 # libpq's numbers (psycopg2.extensions.TRANSACTION_STATUS_*).
 IDLE: Final = 0
@@ -86,6 +86,7 @@ class Psycopg2Link:
         "_inode",
         "_reset",
         "_settings",
+        "_tended",
         "conn",
         "dead",
         "fd",
@@ -97,7 +98,7 @@ class Psycopg2Link:
 
     def __init__(self, conn: connection, classes: Classes, *, resets_session: bool) -> None:
         self.conn = conn
-        self.live, self.dead, self._inherited = classes
+        self.live, self.dead, self._inherited, self._tended = classes
         self.fd: int = conn.fileno()
         self._inode = os.fstat(self.fd).st_ino
         self.status: Callable[[], int] = RAW["get_transaction_status"].__get__(conn)
@@ -264,7 +265,7 @@ class Psycopg2Link:
         if self.status() in {ACTIVE, UNKNOWN}:
             return False
         try:
-            with Bound(self, deadline_in(seconds)) as bound:
+            with self._tending(deadline_in(seconds)) as bound:
                 self._roll_back()
                 self._settings.restore(self.conn)
         except psycopg2.Error:
@@ -294,17 +295,31 @@ class Psycopg2Link:
         """
         conn = self.conn
         autocommit = RAW["autocommit"].__get__(conn)
-        try:
-            set_autocommit(conn, True)
-            with Bound(self, deadline) as bound, cursor(conn) as own:
-                own.execute(query)
-                rows = own.fetchall() if own.description else []
-        finally:
-            if not autocommit:
-                self._end_autocommit()
+        with self._tending(deadline) as bound:
+            try:
+                set_autocommit(conn, True)
+                with cursor(conn) as own:
+                    own.execute(query)
+                    rows = own.fetchall() if own.description else []
+            finally:
+                if not autocommit:
+                    self._end_autocommit()
         if bound.rang:
             raise psycopg2.OperationalError("the server did not answer in time")
         return rows
+
+    @contextmanager
+    def _tending(self, deadline: float) -> Iterator[Bound]:
+        """Ask the server something, until the deadline; a parked connection stays refused to others."""
+        conn = self.conn
+        found = conn.__class__
+        if found is self.dead:
+            conn.__class__ = self._tended
+        try:
+            with Bound(self, deadline) as bound:
+                yield bound
+        finally:
+            conn.__class__ = found
 
     def start_reset(self) -> bool:
         """Reset the session: one round trip, and waited for. False: could not; discard.
@@ -313,7 +328,7 @@ class Psycopg2Link:
         held until somebody came.
         """
         try:
-            with Bound(self, deadline_in(RESET_SECONDS)):
+            with self._tending(deadline_in(RESET_SECONDS)):
                 self._roll_back()
             self._ask(self._reset or reset_message(self._login()), deadline_in(RESET_SECONDS))
         except psycopg2.Error:

@@ -143,11 +143,20 @@ _REFUSALS: Final = _refusals()
 
 
 class Classes(NamedTuple):
-    """What a connection is: while lent, while nobody has it, and in a forked child."""
+    """What a connection is.
+
+    Attributes:
+        live: while lent.
+        dead: while nobody has it.
+        inherited: in a forked child.
+        tended: while the pool itself asks the server something on a dead one. A wait callback
+            (gevent) is given the connection, and needs its `poll` and `fileno`.
+    """
 
     live: type[Any]
     dead: type[Any]
     inherited: type[Any]
+    tended: type[Any]
 
 
 # Two threads may both make them for the same base: one set is then used for a few connections only.
@@ -158,7 +167,12 @@ def classes_for(base: type[Any]) -> Classes:
     """The classes for connections of the class `base`; those who look see `base`."""
     if base not in _known:
         live = _live(base)
-        _known[base] = Classes(live, _dead(live, GIVEN_BACK), _dead(live, INHERITED_SESSION))
+        _known[base] = Classes(
+            live=live,
+            dead=_dead(live, GIVEN_BACK),
+            inherited=_dead(live, INHERITED_SESSION),
+            tended=_dead(live, GIVEN_BACK, poll=RAW["poll"], fileno=RAW["fileno"]),
+        )
     return _known[base]
 
 
@@ -174,10 +188,10 @@ def _live(base: type[Any]) -> type[Any]:
     return _named_like(base, new_class(base.__name__, bases, exec_body=fill))
 
 
-def _dead(live: type[Any], why: str) -> type[Any]:
+def _dead(live: type[Any], why: str, **permitted: Any) -> type[Any]:
     def fill(namespace: dict[str, Any]) -> None:
         # No slots, no new attributes: only classes of the same shape may be changed into another.
-        namespace.update(_REFUSALS, _penstock_why=why, __slots__=())
+        namespace.update(_REFUSALS, _penstock_why=why, __slots__=(), **permitted)
 
     return _named_like(live, new_class(live.__name__, (live,), exec_body=fill))
 
