@@ -1,4 +1,4 @@
-"""The hot path is written out once more in `PgconnLease`: the two texts must say the same.
+"""The hot path is written out in `PgconnLease` and `ClassLease` once more: all texts must say the same.
 
 Compared are the syntax trees, with the names of one place put for the names of the other.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 import penstock._machine.machine
 import penstock.lease
 
@@ -15,6 +17,9 @@ SRC = Path(penstock.lease.__file__).parent
 LEASE = ast.parse((SRC / "lease.py").read_text())
 MACHINE = ast.parse((SRC / "_machine" / "machine.py").read_text())
 DRIVER = ast.parse((SRC / "_drivers" / "psycopg3_link.py").read_text())
+PSYCOPG2 = ast.parse((SRC / "_drivers" / "psycopg2.py").read_text())
+
+each_lease = pytest.mark.parametrize("written", ["PgconnLease", "ClassLease"])
 
 
 def method(tree, cls, name):
@@ -43,33 +48,37 @@ def fit_test(function):
     )
 
 
-def test_a_slot_is_judged_the_same_in_the_lease_as_in_take():
+@each_lease
+def test_a_slot_is_judged_the_same_in_the_lease_as_in_take(written):
     take = fit_test(method(MACHINE, "Machine", "take"))
-    lease = fit_test(method(LEASE, "PgconnLease", "__enter__"))
+    lease = fit_test(method(LEASE, written, "__enter__"))
     assert said(take.test, self="machine") == said(lease.test)
 
 
-def test_a_slot_is_taken_the_same_in_the_lease_as_in_take():
+@each_lease
+def test_a_slot_is_taken_the_same_in_the_lease_as_in_take(written):
     take = fit_test(method(MACHINE, "Machine", "take"))
-    lease = fit_test(method(LEASE, "PgconnLease", "__enter__"))
+    lease = fit_test(method(LEASE, written, "__enter__"))
     taken = [said(line) for line in take.body if isinstance(line, ast.Assign)]
     written_out = [said(line).replace("threading.get_ident()", "holder") for line in lease.body]
     assert taken == written_out
 
 
-def test_an_unfit_slot_is_put_aside_in_both():
+@each_lease
+def test_an_unfit_slot_is_put_aside_in_both(written):
     take = ast.unparse(method(MACHINE, "Machine", "take"))
-    lease = ast.unparse(fit_test(method(LEASE, "PgconnLease", "__enter__")).orelse[0])
+    lease = ast.unparse(fit_test(method(LEASE, written, "__enter__")).orelse[0])
     assert "self.aside.append(slot)" in take
     assert lease == "machine.aside.append(slot)"
 
 
-def test_a_slot_is_put_back_the_same_in_the_lease_as_in_put():
+@each_lease
+def test_a_slot_is_put_back_the_same_in_the_lease_as_in_put(written):
     put = method(MACHINE, "Machine", "put")
     refusal = next(node for node in put.body if isinstance(node, ast.If))
     clean = next(
         node
-        for node in ast.walk(method(LEASE, "PgconnLease", "__exit__"))
+        for node in ast.walk(method(LEASE, written, "__exit__"))
         if isinstance(node, ast.If) and "epoch" in ast.unparse(node.test)
     )
     assert isinstance(refusal.test, ast.BoolOp)
@@ -95,5 +104,18 @@ def test_the_connection_is_lent_and_parked_the_same_in_the_lease_as_in_the_link(
     swap = said(park.body[1], self="link").replace("DEAD", "link.dead")
     assert swap in leave
     judged = next(node for node in park.body if isinstance(node, ast.If))
+    for reason in said(judged.test, self="link").split(" or "):
+        assert reason in leave
+
+
+def test_a_psycopg2_connection_is_lent_and_parked_the_same_in_the_lease_as_in_the_link():
+    enter = ast.unparse(method(LEASE, "ClassLease", "__enter__"))
+    leave = ast.unparse(method(LEASE, "ClassLease", "__exit__"))
+    (lend,) = method(PSYCOPG2, "Psycopg2Link", "lend").body[1:]
+    assert said(lend, self="link").removeprefix("link.") in enter
+    _, conn, swap, judged = method(PSYCOPG2, "Psycopg2Link", "park").body[:4]
+    assert said(conn, self="link") in leave
+    assert said(swap, self="link") in leave
+    assert isinstance(judged, ast.If)
     for reason in said(judged.test, self="link").split(" or "):
         assert reason in leave
