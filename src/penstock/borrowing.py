@@ -323,7 +323,7 @@ class Borrowing(Upkeep):
         try:
             if error is None:
                 failure = self._commit(slot.link)
-            verdict = self._verdict(slot.link, cut_short=error is not None)
+            verdict = self._verdict(slot.link, cut_short=bool(error or failure))
             slot.reset_pending = verdict is Verdict.CLEAN and self._config.reset == "session"
             self._return(slot, verdict, suspect=self._is_suspect(error or failure))
         except BaseException:

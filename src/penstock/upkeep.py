@@ -128,7 +128,8 @@ class Upkeep:
             link = self._opener.open(CONNECT_SECONDS)
             _watch(link, slot.ref)
         except BaseException as error:  # noqa: BLE001  also a SystemExit of a user's callable
-            self._open_failed(slot, error)
+            if self._machine.has(slot):  # else it is the parent's, and this a forked child
+                self._open_failed(slot, error)
             return
         with self._lock:
             outage = self._machine.outage

@@ -7,6 +7,7 @@ reused).
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 
@@ -44,7 +45,20 @@ def wait(fd: int, events: int, deadline: float) -> int:
 
     Returns:
         What came true, or 0 if the deadline came first.
+
+    Raises:
+        OSError: the process was forked meanwhile, and this is the child, where gevent runs the
+            greenlets of the parent on: the socket is the parent's, and is let go of.
     """
+    process = os.getpid()
+    seen = _wait(fd, events, deadline)
+    if os.getpid() != process:
+        point_at_null(fd)
+        raise OSError(errno.EBADF, "the connection is the parent process's")
+    return seen
+
+
+def _wait(fd: int, events: int, deadline: float) -> int:
     # Looked up per call: gevent replaces `select.poll` and `select.select` when it patches.
     if not hasattr(select, "poll"):  # Windows
         return _wait_by_select(fd, events, deadline)
