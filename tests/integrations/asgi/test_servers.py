@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.forks import until
-from tests.integrations.asgi.serving import Served
+from tests.integrations.serving import Served
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "fastapi_app"
 UVICORN = ["-m", "uvicorn", "--uds={socket}", "--log-level=warning", "--lifespan=on"]
@@ -160,8 +160,6 @@ def test_an_app_of_each_framework_is_served_by_three_connections(
 def test_a_client_that_hangs_up_in_the_middle_of_a_stream_frees_its_connection(
     server, database, tmp_path
 ):
-    import socket
-
     (tmp_path / "endless.py").write_text(
         (HEAD.format(driver="psycopg"))
         .replace("\n        ", "\n")
@@ -188,8 +186,7 @@ app.add_middleware(db.middleware)
 """
     )
     with Served([*UVICORN, "endless:app"], tmp_path, DATABASE_URL=database) as served:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(served.socket)
+        with served.connect() as client:
             client.sendall(b"GET /endless HTTP/1.1\r\nHost: shop\r\n\r\n")
             assert client.recv(1000)
         (answer,) = served.ask(("GET", "/short"))  # waits for the pool's one connection

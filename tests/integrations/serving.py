@@ -6,6 +6,7 @@ It must not know: what the app answers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -27,10 +28,14 @@ class Served:
     Args:
         command: how Python starts it: "-m", "uvicorn", ...; "{socket}" is replaced by what to listen on.
         folder: to run in.
+        port: what it listens on, where that is no socket file.
         environment: more variables.
     """
 
-    def __init__(self, command: Iterable[str], folder: Path, **environment: str) -> None:
+    def __init__(
+        self, command: Iterable[str], folder: Path, port: int | None = None, **environment: str
+    ) -> None:
+        self.port = port
         self._folder = tempfile.TemporaryDirectory()
         self.socket = str(Path(self._folder.name, "socket"))
         self._log = Path(self._folder.name, "log")
@@ -76,12 +81,12 @@ class Served:
 
     async def _ask(self, requests: Iterable[tuple[str, str]], at_once: int) -> list[Any]:
         turn = asyncio.Semaphore(at_once)
+        base = "http://shop" if self.port is None else f"http://127.0.0.1:{self.port}"
         transport = httpx.AsyncHTTPTransport(
-            uds=self.socket, limits=httpx.Limits(max_keepalive_connections=0)
+            uds=self.socket if self.port is None else None,
+            limits=httpx.Limits(max_keepalive_connections=0),
         )
-        async with httpx.AsyncClient(
-            transport=transport, base_url="http://shop", timeout=60
-        ) as client:
+        async with httpx.AsyncClient(transport=transport, base_url=base, timeout=60) as client:
 
             async def one(method: str, path: str) -> httpx.Response:
                 async with turn:
@@ -89,6 +94,25 @@ class Served:
 
             return await asyncio.gather(*(one(*request) for request in requests))
 
+    def connect(self) -> socket.socket:
+        """A client's socket, for what httpx would not do."""
+        kind = socket.AF_UNIX if self.port is None else socket.AF_INET
+        client = socket.socket(kind)
+        try:
+            client.connect(self.socket if self.port is None else ("127.0.0.1", self.port))
+        except BaseException:
+            client.close()
+            raise
+        return client
+
     def _listens(self) -> bool:
-        with socket.socket(socket.AF_UNIX) as client:
-            return client.connect_ex(self.socket) == 0
+        with contextlib.suppress(OSError), self.connect():
+            return True
+        return False
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        number: int = listener.getsockname()[1]
+        return number
