@@ -331,6 +331,11 @@ def test_a_thread_that_ended_is_reported_as_such() -> None:
     assert str(holder) == '1.0 s in thread "gone" not running any more'
 
 
+def test_a_holder_that_is_a_task_or_a_greenlet_is_called_so():
+    (holder,) = holder_report([Hold(ident=1, seconds=1.0, thread="request-7", kind="task")])
+    assert str(holder) == '1.0 s in task "request-7" not running any more'
+
+
 def test_the_report_never_raises() -> None:
     assert holder_report(None) == []  # type: ignore[arg-type]
     assert holder_report([object()]) == []  # type: ignore[list-item]

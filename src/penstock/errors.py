@@ -51,7 +51,8 @@ class Holder:
 
     Attributes:
         seconds: how long it has had the connection.
-        thread: the thread's (task's, greenlet's) name.
+        thread: the thread's, task's or greenlet's name.
+        kind: which of the three it is.
         file: path of the source file it was in, or None if it is not running any more.
         line: line number in that file.
         function: the function's qualified name.
@@ -67,12 +68,13 @@ class Holder:
     function: str | None = None
     activity: str | None = None
     query: str | None = field(default=None, repr=False)
+    kind: str = "thread"
 
     def __str__(self) -> str:
         place = (
             "not running any more" if self.file is None else f"at {_short(self.file)}:{self.line}"
         )
-        text = f'{self.seconds:.1f} s in thread "{self.thread}" {place}'
+        text = f'{self.seconds:.1f} s in {self.kind} "{self.thread}" {place}'
         return f"{text}, {self.activity}" if self.activity else text
 
 
@@ -84,6 +86,7 @@ class Hold:
         ident: the thread's ident (`threading.get_ident()`), or another key of `frames`.
         seconds: how long it has had the connection.
         thread: the thread's name, if whoever lends knows it; else it is looked up.
+        kind: "thread", "task" or "greenlet".
         activity: what the session was doing, or None.
         query: the last statement, or None.
     """
@@ -93,6 +96,7 @@ class Hold:
     thread: str | None = None
     activity: str | None = None
     query: str | None = field(default=None, repr=False)
+    kind: str = "thread"
 
 
 class ErrorSource(Protocol):
@@ -594,6 +598,7 @@ def _holder(hold: Hold, top: types.FrameType | None) -> Holder:
         function=None if frame is None else frame.f_code.co_qualname,
         activity=hold.activity,
         query=hold.query,
+        kind=hold.kind,
     )
 
 

@@ -247,7 +247,12 @@ class Reporter:
     def _report(self, holds: list[Hold]) -> list[Holder]:
         # Those of gevent's greenlets; a thread's are looked up by its number.
         frames, names = hub.whereabouts(hold.ident for hold in holds)
-        named = [replace(hold, thread=names.get(hold.ident)) for hold in holds]
+        named = [
+            replace(hold, thread=names[hold.ident], kind="greenlet")
+            if hold.ident in names
+            else hold
+            for hold in holds
+        ]
         return holder_report(named, frames=frames)
 
 

@@ -40,7 +40,9 @@ class TaskReporter(Reporter):
         tasks = {id(task): task for task in _tasks_of(self._loop_of())}
         frames = {number: frame for number, task in tasks.items() if (frame := _place_of(task))}
         named = [
-            replace(hold, thread=tasks[hold.ident].get_name()) if hold.ident in tasks else hold
+            replace(hold, thread=tasks[hold.ident].get_name(), kind="task")
+            if hold.ident in tasks
+            else hold
             for hold in holds
         ]
         return holder_report(named, frames=frames)
