@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent / "src"
 # Every module, or the package it is in, by floor; a module imports from its own floor or below.
 FLOORS = (
     {"_machine"},
-    {"_drivers", "config", "errors", "events", "clock", "result", "redacted", "secret"}
+    {"_drivers", "config", "errors", "events", "clock", "hub", "greenlets", "result", "redacted"}
+    | {"secret"}
     | {"conninfo", "sections", "inifile", "tomlfile", "settings", "sources"},
     {
         "threads",
@@ -43,8 +44,6 @@ FLOORS = (
             "async_borrowing",
             "async_upkeep",
             "async_opening",
-            "hub",
-            "greenlets",
             "loops",
             "task_reports",
             "async_dedicated",

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 170.0
 
 
-def run_child(*words, given="", more_env=None):
+def run_child(*words, given="", patience=PATIENCE):
     """Run a module of ours; gives what it printed. It must end well and say nothing else."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     done = subprocess.run(
@@ -26,8 +26,8 @@ def run_child(*words, given="", more_env=None):
         input=given,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
-        env=env | (more_env or {}),
+        timeout=patience,
+        env=env,
         cwd=ROOT,
         check=False,
     )

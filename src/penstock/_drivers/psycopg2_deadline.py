@@ -6,7 +6,8 @@ millisecond later. So one thread per process, started when first needed, waits f
 deadline. It sleeps until then: of calls that end in time it learns when it wakes anyway, so that
 they cost two microseconds and no change of threads.
 
-Under gevent the thread is a greenlet, and the call waits in psycopg2's wait callback: the same holds.
+Under gevent the thread is a greenlet that keeps no hub from ending, and the call waits in psycopg2's
+wait callback: the same holds.
 
 It must not know: what is being done. The lock of a `Bound` decides who is first, the end of the call or
 the deadline: once the block is left, the socket is not touched any more. It is held for one shutdown.
@@ -17,11 +18,12 @@ from __future__ import annotations
 import os
 import queue
 import sys
-import threading
 from collections import deque
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol, Self
+
+from penstock import hub
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -47,7 +49,7 @@ class Bound:
 
     def __init__(self, link: Discards, deadline: float) -> None:
         self._link: Discards | None = link
-        self._lock = threading.RLock()
+        self._lock = hub.Lock()
         self.deadline = deadline
         self.rang = False
 
@@ -83,13 +85,18 @@ class Bell:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self._lock = threading.RLock()
+        self._ways = hub.ways()
+        self._lock = hub.Lock()
         self._new: deque[Bound] = deque()
-        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._wake = self._ways.inbox()
         # Until when it sleeps. Whoever adds a deadline publishes it, then looks here; the thread
         # writes this, then looks for new ones. Whichever comes second sees the other.
         self._sleeps_until = inf
-        self._thread: threading.Thread | None = None
+        self._thread: hub.Runner | None = None
+
+    def fits(self) -> bool:
+        """Whether it is this process's, and the process runs on what it ran on then."""
+        return self.pid == os.getpid() and self._ways.fit()
 
     def watch(self, bound: Bound) -> None:
         """Ring it at its deadline."""
@@ -104,13 +111,14 @@ class Bell:
             return
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
-                thread = threading.Thread(target=self._run, name="penstock-psycopg2", daemon=True)
+                thread = self._ways.runner(self._run, "penstock-psycopg2")
                 thread.start()
                 self._thread = thread
 
     def _run(self) -> None:
         waiting: list[Bound] = []
-        while True:
+        # In a forked child gevent runs the parent's greenlets on: this one must ring nothing there.
+        while self.pid == os.getpid():
             waiting = self._rung(waiting)
             self._sleeps_until = min((each.deadline for each in waiting), default=inf)
             if not self._new:
@@ -146,6 +154,6 @@ _current: Bell | None = None
 def _bell() -> Bell:
     global _current
     bell = _current
-    if bell is None or bell.pid != os.getpid():
+    if bell is None or not bell.fits():
         bell = _current = Bell()
     return bell
