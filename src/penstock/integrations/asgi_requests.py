@@ -165,7 +165,7 @@ class Exchange:
                 self._raise_failure()
         finally:
             _reset(self._manner.current, token)
-            self._failure = None  # it holds this frame
+            self._failure = self.unit.unavailable = None  # they hold this frame
 
     async def send(self, message: Message) -> None:
         """Pass on what the app says, once it is true."""

@@ -46,6 +46,13 @@ async def until(condition):
         await asyncio.sleep(0.002)
 
 
+async def ask(app, path="/", method="GET"):
+    """One request, without a server: an error of the app's is a 500."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+        return await client.request(method, path)
+
+
 @pytest.fixture(scope="session")
 def notes(server):
     """A database of these tests' own; gives its conninfo."""
@@ -101,10 +108,8 @@ class Shop:
             )
         return self.asgi
 
-    async def ask(self, path="/", method="GET", app=None, **options):
-        transport = httpx.ASGITransport(app or self.app(), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
-            return await client.request(method, path, **options)
+    async def ask(self, path="/", method="GET", app=None):
+        return await ask(app or self.app(), path, method)
 
     # -- SQL, in either driver's spelling
 

@@ -1,13 +1,14 @@
 """FastAPI, Quart and Connexion's AsyncApp, each in its own manner; httpx stands for the server."""
 
 import asyncio
+import gc
 import json
 from typing import Annotated, Any
 
 import pytest
 from tests.integrations.asgi.conftest import Wire, on_a_loop
 
-from penstock import MisuseError
+from penstock import ConnectionPool, MisuseError
 
 # -- FastAPI -------------------------------------------------------------------------------------------
 
@@ -85,6 +86,38 @@ async def test_fastapis_endpoints_in_threads_get_an_error_that_says_how(fastapi_
 
     async with shop:
         assert (await shop.ask(app=app)).json() == "told"
+
+
+def test_fastapis_endpoints_in_threads_use_a_connection_pool_by_a_dependency(notes, outside):
+    """As docs/asgi.md says: ended when the endpoint has, and before the answer."""
+    fastapi = pytest.importorskip("fastapi")
+    from tests.integrations.asgi.conftest import ask
+
+    app = fastapi.FastAPI()
+    pool = ConnectionPool(notes, max_size=2)
+
+    def connection():
+        with pool.connection() as conn:
+            yield conn
+
+    Conn = Annotated[Any, fastapi.Depends(connection, scope="function")]  # noqa: N806  a type
+
+    @app.post("/{tag}")
+    def add(tag: str, conn: Conn):
+        conn.execute("insert into note values (%s, length(%s))", (tag, tag))
+        if tag == "bad":
+            raise fastapi.HTTPException(409)
+
+    async def all_of_them():
+        tags = ["bad", "good", "twin", "four"]  # the last two are of one length
+        return await asyncio.gather(*(ask(app, f"/{tag}", "POST") for tag in tags))
+
+    with pool:
+        answers = [each.status_code for each in asyncio.run(all_of_them())]
+        assert pool.stats().in_use == 0
+    assert answers[0] == 409
+    assert sorted(answers[1:]) == [200, 500, 500]
+    assert len(outside.execute("select from note").fetchall()) == 1
 
 
 @on_a_loop
@@ -290,14 +323,32 @@ async def test_connexions_handlers_commit_and_roll_back(shop, tmp_path):
             shop.db.connection()
         return "told"
 
-    app = connexion_app(shop, tmp_path, good=good, refuses=refuses, fails=fails, sync=sync)
+    views = {"good": good, "refuses": refuses, "fails": fails, "sync": sync}
+    app = connexion_app(shop, tmp_path, **views)
     async with shop:
-        answers = [
-            await shop.ask(f"/{name}", "POST", app) for name in ("good", "refuses", "fails", "sync")
-        ]
+        answers = [await shop.ask(f"/{name}", "POST", app) for name in views]
         assert [each.status_code for each in answers] == [200, 409, 500, 200]
         assert shop.kept() == {"good"}
         assert shop.in_use() == 0
+
+
+# Connexion 3.3 trips over Starlette 1 where an error reaches its outermost layer: the server answers.
+@pytest.mark.filterwarnings(
+    "ignore:coroutine 'ServerErrorMiddleware", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+@on_a_loop
+async def test_connexions_answer_to_a_commit_that_fails_is_a_500(shop, tmp_path):
+    async def twice():
+        await shop.write("one", 1)
+        await shop.write("two", 1)
+        return "never seen"
+
+    app = connexion_app(shop, tmp_path, twice=twice)
+    async with shop:
+        assert (await shop.ask("/twice", "POST", app)).status_code == 500
+        assert shop.kept() == set()
+        assert shop.in_use() == 0
+    gc.collect()
 
 
 @on_a_loop
