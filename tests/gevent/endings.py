@@ -8,7 +8,7 @@ monkey.patch_all()
 
 import atexit
 import os
-import subprocess
+import signal
 import sys
 
 import gevent
@@ -56,14 +56,12 @@ def joined(dsn, driver):
 def interrupted(dsn, driver):
     pool = used_pool(dsn, driver)
     gevent.get_hub().exception_stream = None  # it tells of interrupts that strike it
-    killer = f"sleep 0.1; kill -INT {os.getpid()}"
-    globals()["killer"] = subprocess.Popen(["/bin/sh", "-c", killer])
+    gevent.spawn_later(0.05, os.kill, os.getpid(), signal.SIGINT)
     try:
         with pool.connection() as conn:
             conn.cursor().execute("select pg_sleep(100)")
     except KeyboardInterrupt:
         print("interrupted")
-    globals()["killer"].wait()
 
 
 def garbage(dsn, driver):
