@@ -14,7 +14,7 @@ import pytest
 from tests.drivers.async_links import LOOPS, SECONDS, async_test, registered
 
 from penstock._drivers import awaiting
-from penstock._drivers.awaiting import BEAT, stop_awaiting, wait
+from penstock._drivers.awaiting import stop_awaiting, wait
 from penstock._drivers.sockets import READ, WRITE
 
 if TYPE_CHECKING:
@@ -59,9 +59,12 @@ async def test_it_tells_what_came_true(pair: Pair, loop: str) -> None:
 
 @on_both_loops
 @async_test
-async def test_it_ends_at_the_deadline(pair: Pair, loop: str) -> None:
+async def test_it_ends_at_the_deadline(
+    pair: Pair, loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fd = pair[0].fileno()
-    for seconds in (0.05, BEAT + 0.05):
+    monkeypatch.setattr(awaiting, "BEAT", 0.06)
+    for seconds in (0.05, 0.1):
         started = monotonic()
         assert await wait(fd, READ, started + seconds) == 0
         assert seconds <= monotonic() - started + 0.002 < seconds + 5

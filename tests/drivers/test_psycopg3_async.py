@@ -518,7 +518,6 @@ async def test_execute_is_one_round_trip_and_keeps_the_autocommit_flag(
         assert reply.rows == [(7,)] and reply.rowcount == 1
         assert reply.statusmessage == "SELECT 1" and reply.description[0].name == "a"
         assert not link.conn.autocommit
-        assert "wait" not in vars(link.conn)
         assert link.park()
 
 
@@ -545,7 +544,6 @@ async def test_execute_keeps_the_flag_and_the_session_after_an_error(unix_dsn: s
         with pytest.raises(psycopg.ProgrammingError, match="transaction"):
             await link.execute("select 1")
         assert link.activity() is Activity.IN_TRANSACTION
-        assert "wait" not in vars(link.conn)
 
 
 @async_test

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from functools import partial
 from math import inf
-from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
 from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
@@ -25,7 +24,14 @@ from penstock._drivers import psycopg3_connect as connecting
 from penstock._drivers.awaiting import stop_awaiting
 from penstock._drivers.protocol import Diagnosis, Recipe, Reply
 from penstock._drivers.psycopg3_async_connect import connect
-from penstock._drivers.psycopg3_async_wire import cancel_on_server, driven, read_answers
+from penstock._drivers.psycopg3_async_wait import in_front_of
+from penstock._drivers.psycopg3_async_wire import (
+    ASKED_TO_CANCEL,
+    CUT_OFF,
+    ask_to_cancel,
+    read_answers,
+    stop_statement,
+)
 from penstock._drivers.psycopg3_diagnose import (
     diagnosis_at_hand,
     diagnosis_by_trying,
@@ -48,14 +54,7 @@ from penstock._drivers.sockets import deadline_in
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from psycopg.abc import PQGen
     from psycopg.pq.abc import PGconn, PGresult
-
-RV = TypeVar("RV")
-
-#: Seconds after which a request to cancel is made again, doubled each time. A server needs about a
-#: millisecond to take a statement up and to end it.
-_FIRST_PAUSE: Final = 0.1
 
 
 class AsyncPsycopg3Link(PgconnLink):
@@ -63,8 +62,7 @@ class AsyncPsycopg3Link(PgconnLink):
 
     # _heard: what came of the answer to something of ours that is under way; None: nothing is.
     # _resetting: that is a reset, and must succeed.
-    # _asked_to_cancel: the server may not yet have acted on a request to cancel: it could hit the next.
-    __slots__ = ("_asked_to_cancel", "_heard", "_resetting")
+    __slots__ = ("_heard", "_resetting")
 
     conn: psycopg.AsyncConnection[Any]
 
@@ -79,7 +77,6 @@ class AsyncPsycopg3Link(PgconnLink):
         super().__init__(conn, handle, touched, resets_session=resets_session)
         self._heard: list[PGresult] | None = None
         self._resetting = False
-        self._asked_to_cancel = False
 
     # --- one exchange of ours
 
@@ -135,20 +132,9 @@ class AsyncPsycopg3Link(PgconnLink):
         autocommit = attributes["_autocommit"]
         try:
             attributes["_autocommit"] = True
-            attributes["wait"] = self._wait
             return await _detached(await self.conn.execute(query, params))
         finally:
             attributes["_autocommit"] = autocommit
-            del attributes["wait"]
-
-    async def _wait(
-        self,
-        generator: PQGen[RV],
-        interval: float = 0.0,  # noqa: ARG002  psycopg's signature
-        timeout: float | None = None,  # noqa: ARG002  psycopg's signature
-    ) -> RV:
-        """Stand in for the connection's `wait`: hear a cancellation at once."""
-        return await driven(generator, self.fd)
 
     async def begin(self) -> None:
         """See to it that this borrow is not in autocommit: psycopg then begins by itself."""
@@ -167,22 +153,18 @@ class AsyncPsycopg3Link(PgconnLink):
         if not settings:
             return
         conn = self.conn
-        attributes = self.attributes
-        try:
-            attributes["wait"] = self._wait
-            if begin := self._begin_first():
-                await conn.execute(begin)
-            # psycopg's own cursor: the user's may have other placeholders.
-            async with psycopg.AsyncCursor(conn) as cursor:
-                await cursor.execute(*settings_statement(settings), prepare=False)
-        finally:
-            del attributes["wait"]
+        if begin := self._begin_first():
+            await conn.execute(begin)
+        # psycopg's own cursor: the user's may have other placeholders.
+        async with psycopg.AsyncCursor(conn) as cursor:
+            await cursor.execute(*settings_statement(settings), prepare=False)
 
     async def commit(self) -> None:
         """Commit if a transaction is open. The connection must be lent.
 
         COMMIT is sent before the first wait. Cancelled, it goes on at the server, and `tidy` reads the
-        answer. (What psycopg must do itself, it does: in pipeline mode, and where it refuses.)
+        answer. (What psycopg must do itself, it does: in pipeline mode, after a statement that was cut off,
+        and where it refuses.)
 
         Raises:
             psycopg.Error: the server's, or the session broke and took a transaction with it.
@@ -195,6 +177,7 @@ class AsyncPsycopg3Link(PgconnLink):
             attributes["_num_transactions"]
             or attributes["_tpc"]
             or attributes["_pipeline"]
+            or CUT_OFF in self.touched
             or type(conn).commit is not psycopg.AsyncConnection.commit
         ):
             await conn.commit()
@@ -221,7 +204,7 @@ class AsyncPsycopg3Link(PgconnLink):
         still inside a ``transaction()``, ``pipeline()`` or ``notifies()`` of it, or in a statement in
         another task.
         """
-        if self._asked_to_cancel or self._is_inside_block():
+        if ASKED_TO_CANCEL in self.touched or self._is_inside_block():
             return False
         deadline = deadline_in(seconds)
         try:
@@ -241,36 +224,15 @@ class AsyncPsycopg3Link(PgconnLink):
             return True
         if handle.pipeline_status != PipelineStatus.OFF:
             # Leaving it reads the answers.
-            return self._heard is not None or await self._asked(deadline)
+            return self._heard is not None or await ask_to_cancel(handle, self.touched, deadline)
         if self._heard is None:
-            return await self._stopped(deadline)
+            return await stop_statement(handle, self.fd, self.touched, deadline)
         results = await self._answered(deadline)
         if results is None or not self._resetting:
             return results is not None
         self._resetting = False
         self._forget_notifications()
         return all_done(results)
-
-    async def _stopped(self, deadline: float) -> bool:
-        """Have the server cancel the borrower's statement, and read its answer."""
-        heard: list[PGresult] = []
-        pause = _FIRST_PAUSE
-        while True:
-            if not await self._asked(deadline):
-                return False
-            # A server that had not yet begun with the statement has ignored the request.
-            if await read_answers(self.handle, self.fd, heard, min(deadline, monotonic() + pause)):
-                return True
-            if monotonic() >= deadline:
-                return False
-            pause *= 2
-
-    async def _asked(self, deadline: float) -> bool:
-        """Have the server told to cancel; False if it may still have to be told."""
-        self._asked_to_cancel = True
-        if await cancel_on_server(self.handle, deadline):
-            self._asked_to_cancel = False
-        return not self._asked_to_cancel
 
     async def _left_pipeline(self, deadline: float) -> bool:
         handle = self.handle
@@ -409,7 +371,8 @@ class AsyncPsycopg3Driver(PsycopgDriver):
 
 async def _linked(handle: PGconn, recipe: Recipe, deadline: float) -> AsyncPsycopg3Link:
     """Build the connection as psycopg's `connect()` would, and set the session up."""
-    conn, touched = connection_over(handle, recipe, psycopg.AsyncConnection)
+    kind = recipe.connection_class or psycopg.AsyncConnection
+    conn, touched = connection_over(handle, recipe, psycopg.AsyncConnection, *in_front_of(kind))
     link = AsyncPsycopg3Link(conn, handle, touched, resets_session=recipe.reset == "session")
     query = check_interval_query(handle, recipe.server_check_interval)
     if query is not None:

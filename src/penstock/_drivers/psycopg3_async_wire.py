@@ -7,11 +7,11 @@ It must not know: psycopg's connections, cursors and transactions; recipes; link
 
 from __future__ import annotations
 
-from math import inf
-from typing import TYPE_CHECKING, Any, TypeVar
+from time import monotonic
+from typing import TYPE_CHECKING, Final
 
 import psycopg
-from psycopg.pq import PollingStatus
+from psycopg.pq import ExecStatus, PollingStatus
 
 from penstock._drivers import side_threads
 from penstock._drivers.awaiting import wait
@@ -20,10 +20,17 @@ from penstock._drivers.psycopg3_wire import COPYING
 from penstock._drivers.sockets import READ, WRITE
 
 if TYPE_CHECKING:
-    from psycopg.abc import PQGen
     from psycopg.pq.abc import PGcancelConn, PGconn, PGresult
 
-RV = TypeVar("RV")
+#: Noted of a connection: its last statement was cut off, and is still under way.
+CUT_OFF: Final = "cut off"
+
+#: Noted of a connection: a request to cancel may still be on its way.
+ASKED_TO_CANCEL: Final = "asked to cancel"
+
+#: Seconds after which a request to cancel is made again, doubled each time. A server needs about a
+#: millisecond to take a statement up and to end it.
+_FIRST_PAUSE: Final = 0.1
 
 
 async def read_answers(handle: PGconn, fd: int, heard: list[PGresult], deadline: float) -> bool:
@@ -57,29 +64,69 @@ async def read_answers(handle: PGconn, fd: int, heard: list[PGresult], deadline:
         heard.append(result)
 
 
-async def driven(generator: PQGen[RV], fd: int) -> RV:
-    """Run one of psycopg's generators to its end, however long that takes.
+async def stop_statement(handle: PGconn, fd: int, noted: set[str], deadline: float) -> bool:
+    """Have the server cancel the statement that is under way, and read what it answers.
 
-    psycopg's own `wait` does the same, but cancels the statement on the server when it is cancelled, and
-    waits up to 10 s for that; here a cancellation is heard at once, and the session left as it is.
-    """
-    try:
-        wanted: Any = next(generator)
-        while True:
-            wanted = generator.send(await wait(fd, wanted, inf))
-    except StopIteration as ended:
-        return ended.value  # type: ignore[no-any-return]
-
-
-async def cancel_on_server(handle: PGconn, deadline: float) -> bool:
-    """Ask the server to cancel what the session is doing; wait until it has taken that up.
-
-    Then the request can hit no later statement: the server closes the request's own connection
-    after it has told the session's process. Where this ends early that is not so.
+    While a request to cancel has not been heard to its end, `noted` says so: it could hit a later
+    statement. A COPY is left if nobody can be in the middle of it: if it was cut off.
 
     Returns:
-        Whether the request was delivered in time.
+        Whether the session is free again, in time.
+
+    Raises:
+        psycopg.OperationalError: the connection broke.
+        psycopg.NotSupportedError: it is a COPY that somebody may be in the middle of.
     """
+    pause = _FIRST_PAUSE
+    while await ask_to_cancel(handle, noted, deadline):
+        # A server that had not yet begun with the statement has ignored the request.
+        if await _read_on(handle, fd, noted, min(deadline, monotonic() + pause)):
+            return True
+        if monotonic() >= deadline:
+            return False
+        pause *= 2
+    return False
+
+
+async def _read_on(handle: PGconn, fd: int, noted: set[str], until: float) -> bool:
+    while True:
+        try:
+            return await read_answers(handle, fd, [], until)
+        except psycopg.NotSupportedError:
+            if CUT_OFF not in noted:
+                raise
+        if not await _left_copy(handle, fd, until):
+            return False
+
+
+async def _left_copy(handle: PGconn, fd: int, until: float) -> bool:
+    """Whether there is nothing more to copy, in time; how the statement ended is still to be read."""
+    result = handle.get_result()
+    if result is not None and result.status == ExecStatus.COPY_IN:
+        handle.put_copy_end(b"cut off")
+        return True
+    while True:
+        size, _ = handle.get_copy_data(1)
+        if size < 0:
+            return True
+        if not size:
+            if not await wait(fd, READ, until):
+                return False
+            handle.consume_input()
+
+
+async def ask_to_cancel(handle: PGconn, noted: set[str], deadline: float) -> bool:
+    """Make one request to cancel; whether it was heard to its end in time."""
+    noted.add(ASKED_TO_CANCEL)
+    heard = await _request_cancel(handle, deadline)
+    if heard:
+        noted.discard(ASKED_TO_CANCEL)
+    return heard
+
+
+async def _request_cancel(handle: PGconn, deadline: float) -> bool:
+    # Heard to its end it can hit no later statement: the server closes the request's own connection
+    # after it has told the session's process.
     if not psycopg.capabilities.has_cancel_safe():  # libpq before 17
         request = handle.get_cancel()
         try:

@@ -186,10 +186,13 @@ class Watching(psycopg.BaseConnection[Any]):
 _watched_classes: dict[type[Any], type[Any]] = {}
 
 
-def watched(base: type[C]) -> type[C]:
-    """The class to build connections of: a subclass of `base` that looks like it and watches."""
+def watched(base: type[C], *in_front: type[Any]) -> type[C]:
+    """The class to build connections of: a subclass of `base` that looks like it and watches.
+
+    `in_front` are classes that go in front of it as well, always the same for one base.
+    """
     if base not in _watched_classes:
-        made = new_class(base.__name__, (Watching, base))
+        made = new_class(base.__name__, (*in_front, Watching, base))
         made.__qualname__ = base.__qualname__
         made.__module__ = base.__module__
         made.__doc__ = base.__doc__
@@ -253,6 +256,12 @@ class WatchedAdapters(AdaptersMap):
         _note(conn, "adapters", self)
         if self.before is None:
             self.before = AdaptersMap(self)
+
+
+def noted_of(conn: AnyConnection) -> set[str]:
+    """The set that notes what has been changed of a connection, the same as the link's."""
+    touched: set[str] = vars(conn)[_NOTE]
+    return touched
 
 
 def equip(conn: AnyConnection, adapters: AdaptersMap | None) -> set[str]:

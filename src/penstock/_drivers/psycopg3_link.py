@@ -300,8 +300,12 @@ class PsycopgDriver:
         )
 
 
-def connection_over(handle: PGconn, recipe: Recipe, kind: type[C]) -> tuple[C, set[str]]:
+def connection_over(
+    handle: PGconn, recipe: Recipe, kind: type[C], *in_front: type[Any]
+) -> tuple[C, set[str]]:
     """The connection that psycopg's `connect()` would make, watched; and what notes its changes.
+
+    `in_front` are classes that go in front of the recipe's class.
 
     Raises:
         psycopg.ProgrammingError: the recipe's class is no subclass of `kind`.
@@ -312,7 +316,7 @@ def connection_over(handle: PGconn, recipe: Recipe, kind: type[C]) -> tuple[C, s
             f"connection_class={cls.__qualname__} is no subclass of psycopg.{kind.__name__}"
         )
     options = driver_options(recipe)
-    conn: Any = watched(cls)(handle)
+    conn: Any = watched(cls, *in_front)(handle)
     context = options.get("context")
     touched = equip(conn, None if context is None else context.adapters)
     conn.prepare_threshold = options.get("prepare_threshold", 5)
