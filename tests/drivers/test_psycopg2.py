@@ -1060,6 +1060,17 @@ def test_a_reset_keeps_what_configure_set(server: Server, open_link: OpenLink) -
         assert link.execute(STATE).rows == expected
 
 
+def test_a_reset_is_learned_whatever_configure_makes_of_texts(open_link: OpenLink) -> None:
+    link = open_link(reset="session")
+    shout = extensions.new_type((19, 25), "SHOUT", lambda value, _cursor: value and value.upper())
+    extensions.register_type(shout, link.conn)
+    link.execute("set search_path to pg_catalog, public")
+    link.prepare()
+    link.execute("set search_path to public")
+    reset(link)
+    assert one(link, "select current_setting('search_path') = 'pg_catalog, public'")
+
+
 def test_a_reset_in_an_open_transaction_ends_it(open_link: OpenLink) -> None:
     link = open_link(reset="session")
     run(link.conn, "select 1")

@@ -18,7 +18,14 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg2
-from psycopg2.extensions import STATUS_PREPARED, STATUS_READY, connection, cursor
+from psycopg2.extensions import (
+    STATUS_PREPARED,
+    STATUS_READY,
+    UNICODE,
+    connection,
+    cursor,
+    register_type,
+)
 
 from penstock._drivers import psycopg2_connect as connecting
 from penstock._drivers.protocol import Activity, Diagnosis, Recipe, Reply
@@ -299,6 +306,7 @@ class Psycopg2Link:
             try:
                 set_autocommit(conn, True)
                 with cursor(conn) as own:
+                    register_type(UNICODE, own)  # whatever `configure` makes of texts
                     own.execute(query)
                     rows = own.fetchall() if own.description else []
             finally:

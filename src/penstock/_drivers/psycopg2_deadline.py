@@ -19,6 +19,7 @@ import os
 import queue
 import sys
 from collections import deque
+from contextlib import suppress
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol, Self
@@ -112,7 +113,8 @@ class Bell:
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
                 thread = self._ways.runner(self._run, "penstock-psycopg2")
-                thread.start()
+                with suppress(RuntimeError):  # the interpreter is ending; then there is no bound
+                    thread.start()
                 self._thread = thread
 
     def _run(self) -> None:
@@ -135,14 +137,9 @@ class Bell:
         return [each for each in waiting if not each.is_over and each.deadline > now]
 
     def _sleep(self) -> None:
-        until = self._sleeps_until
-        try:
-            if until == inf:
-                self._wake.get()
-            else:
-                self._wake.get(timeout=max(0.0, min(until - monotonic(), _LONGEST)))
-        except queue.Empty:
-            pass
+        left = min(self._sleeps_until - monotonic(), _LONGEST)
+        with suppress(queue.Empty):
+            self._wake.get(timeout=None if left == _LONGEST else max(0.0, left))
 
 
 #: The longest sleep in seconds: longer times overflow a lock's.
