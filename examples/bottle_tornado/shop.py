@@ -1,4 +1,5 @@
-"""Orders from a database and large files, on Bottle under gunicorn's tornado workers: `python shop.py`.  # noqa: INP001
+# ruff: noqa: INP001  a script, to be run where it is
+"""Orders from a database, and large files, on Bottle under gunicorn's tornado workers: `python shop.py`.
 
 Bottle's gunicorn server loads this module in the master and forks the workers from it, so the pool
 below is in all 15. Each opens a connection of its own when it needs one.
