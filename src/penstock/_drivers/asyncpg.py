@@ -21,6 +21,7 @@ from penstock._drivers.asyncpg_diagnose import diagnose
 from penstock._drivers.asyncpg_guard import watched
 from penstock._drivers.asyncpg_link import AsyncpgLink
 from penstock._drivers.sockets import deadline_in, seconds_to
+from penstock.errors import PenstockError
 
 if TYPE_CHECKING:
     from penstock._drivers.protocol import Diagnosis, Recipe
@@ -78,9 +79,9 @@ class AsyncpgDriver:
 
         A connection that is lost raises `ConnectionDoesNotExistError`, SQLSTATE 08003. Not counted
         are OSError and TimeoutError, which may be the borrower's own, and `InterfaceError`, which
-        says that he uses a connection that ended before.
+        says that he uses a connection that ended before; nor are other pools' errors.
         """
-        if not isinstance(error, asyncpg.PostgresError):
+        if not isinstance(error, asyncpg.PostgresError) or isinstance(error, PenstockError):
             return False
         sqlstate = error.sqlstate or ""
         return (

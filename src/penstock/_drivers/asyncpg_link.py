@@ -43,7 +43,7 @@ FAILURES: Final = (
     ValueError,
 )
 
-#: How long close() waits for the other side to close, too, in seconds. Only TLS ever waits.
+#: How long close() waits for the other side to read the last words and to end TLS, in seconds.
 CLOSE_SECONDS: Final = 0.5
 
 # https://www.postgresql.org/docs/current/protocol-message-formats.html
@@ -149,12 +149,11 @@ class AsyncpgLink:
 
         asyncpg does not tell a failed transaction from one that goes well.
         """
-        protocol = self.protocol
-        if not protocol.is_connected():
+        if self.hung_up():
             return Activity.BROKEN
         if self._is_busy():
             return Activity.ACTIVE
-        return Activity.IN_TRANSACTION if protocol.is_in_transaction() else Activity.IDLE
+        return Activity.IN_TRANSACTION if self.protocol.is_in_transaction() else Activity.IDLE
 
     def _is_busy(self) -> bool:
         """Whether a statement is under way, or being cancelled: asyncpg waits for a future then."""
@@ -176,7 +175,7 @@ class AsyncpgLink:
 
     def hung_up(self) -> bool:
         """Whether the session is known to have ended, without a round trip."""
-        return not self.protocol.is_connected()
+        return not self.protocol.is_connected() or bool(self._transport.is_closing())
 
     def on_end(self, tell: Callable[[], object]) -> bool:
         """Have `tell` called when asyncpg learns of the end: its loop always reads the socket."""
@@ -381,16 +380,24 @@ class AsyncpgLink:
     # --- the end
 
     async def close(self) -> None:
-        """End the session politely; waits for the other side's part at most `CLOSE_SECONDS`."""
+        """End the session politely.
+
+        Nothing is waited for but what the kernel did not take at once, and what TLS has the other
+        side say; that at most `CLOSE_SECONDS`.
+        """
         self._watch.tell = None
-        if self.activity() in {Activity.BROKEN, Activity.ACTIVE} or self._transport.is_closing():
+        transport = self._transport
+        if self.activity() in {Activity.BROKEN, Activity.ACTIVE}:
             self.discard()
             return
         ended: asyncio.Future[None] = self._loop.create_future()
         self._watch.tell = ended.cancel
+        transport.write(_TERMINATE)
+        transport.close()
+        if transport.get_extra_info("ssl_object") is None and not transport.get_write_buffer_size():
+            self._watch.tell = self._watch.drop = None
+            return
         try:
-            self._transport.write(_TERMINATE)
-            self._transport.close()
             await asyncio.wait({ended}, timeout=CLOSE_SECONDS)
         finally:
             self.discard()
