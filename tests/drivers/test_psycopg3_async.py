@@ -12,6 +12,8 @@ import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 import traceback
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -381,6 +383,47 @@ async def test_where_libpq_cannot_cancel_without_blocking_a_thread_does(
         assert await link.tidy(SECONDS)
         link.lend()
         assert await one(link, "select 1") == 1
+
+
+OLD_LIBPQ = """
+import asyncio, sys
+import psycopg
+from penstock._drivers.protocol import Activity, Recipe
+from penstock._drivers.psycopg3_async import driver
+
+async def main(conninfo):
+    link = await driver.open(Recipe(conninfo=conninfo, reset="session"), 20)
+    try:
+        async with asyncio.timeout(0.05):
+            await link.execute("select pg_sleep(60)")
+    except TimeoutError:
+        pass
+    assert link.activity() is Activity.ACTIVE
+    link.park()
+    assert await link.tidy(20)
+    assert link.start_reset() and await link.finish_reset(20)
+    link.lend()
+    print((await link.execute("select 42")).rows)
+    await link.close()
+
+if psycopg.capabilities.has_cancel_safe():
+    sys.exit("new")
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+def test_it_works_with_a_libpq_that_is_older_than_17(server: Server) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", OLD_LIBPQ, server.conninfo()],
+        check=False,
+        env={**os.environ, "PSYCOPG_IMPL": "python"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if "ImportError" in done.stderr or done.stderr.strip() == "new":
+        pytest.skip("the system has no libpq that is older than 17")
+    assert (done.returncode, done.stdout) == (0, "[(42,)]\n"), done.stderr
 
 
 @async_test

@@ -228,8 +228,11 @@ def test_anyio_which_cancels_again_and_again_costs_no_connection(unix_dsn: str) 
 async def used(link: AsyncPsycopg3Link) -> None:
     await link.conn.execute("select pg_sleep(0.003)")
     await link.conn.execute("select %s::int", (1,))
-    async with link.conn.transaction():
-        await link.conn.execute("select 2")
+    if not psycopg.__version__.startswith(
+        "3.2."
+    ):  # which does not leave a block cut off at its begin
+        async with link.conn.transaction():
+            await link.conn.execute("select 2")
 
 
 @on_both_loops
