@@ -94,6 +94,21 @@ class Served:
 
             return await asyncio.gather(*(one(*request) for request in requests))
 
+    def talk(self, path: str, *messages: str) -> list[str | bytes | None]:
+        """Open a websocket, say one thing after the other, and give the answers. Needs a port."""
+        return asyncio.run(self._talk(path, messages))
+
+    async def _talk(self, path: str, messages: Iterable[str]) -> list[str | bytes | None]:
+        from tornado.websocket import websocket_connect
+
+        websocket = await websocket_connect(f"ws://127.0.0.1:{self.port}{path}")
+        answers = []
+        for message in messages:
+            await websocket.write_message(message)
+            answers.append(await websocket.read_message())
+        websocket.close()
+        return answers
+
     def connect(self) -> socket.socket:
         """A client's socket, for what httpx would not do."""
         kind = socket.AF_UNIX if self.port is None else socket.AF_INET

@@ -15,8 +15,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "tornado_handlers"
 GUNICORN = ["-m", "gunicorn", "--bind=unix:{socket}", "--no-control-socket", "--workers=2"]
 WAYS = {
     "tornado": ["shop.py"],
-    "gunicorn": [*GUNICORN, "-k", "tornado", "shop:app"],
-    "gunicorn, preload": [*GUNICORN, "-k", "tornado", "--preload", "shop:app"],
+    "gunicorn": [*GUNICORN, "-k", "tornado", "--preload", "shop:app"],
 }
 
 
@@ -49,6 +48,9 @@ def test_the_example_gives_everybody_his_own_and_leaves_no_session(way, server, 
         )
         assert (missing.status_code, health.status_code) == (404, 200)
         assert len(lines.text.splitlines()) == 100
+        if port is not None:
+            assert served.talk("/feed", "tea", "coffee") == ["ordered"] * 2
+            assert served.ask(("GET", "/orders.csv"))[0].text.endswith(",tea\n102,coffee\n")
         assert 1 <= sessions(server, database) <= 20
         served.stop()
         until(lambda: sessions(server, database) == 0, "no session is left")

@@ -429,9 +429,10 @@ class AsyncLoans:
             await loan.roll_back()
             await self._go_on(loan)
 
-    async def _go_on(self, loan: AsyncLoan) -> None:
-        """Begin anew on a connection that a variable may hold, while an answer decides about it."""
-        if not self.answered and loan.shape.wants_begin(loan.activity()):
+    @staticmethod
+    async def _go_on(loan: AsyncLoan) -> None:
+        """Begin anew: a variable may hold the connection, and would commit each statement by itself."""
+        if loan.shape.wants_begin(loan.activity()):
             await loan.shape.begin()
 
     async def _drop(self, key: str, loan: AsyncLoan, error: BaseException | None) -> None:

@@ -146,7 +146,7 @@ class Shop:
     @contextlib.asynccontextmanager
     async def taken(self):
         """The pool's one connection is somebody else's: no task's, so that nobody is in a deadlock."""
-        conn = await self.pool.getconn()
+        conn = await self.pool.getconn(timeout=30)
         yield
         await self.pool.putconn(conn)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from tests.forks import until
-from tests.integrations.serving import Served
+from tests.integrations.serving import Served, free_port
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "fastapi_app"
 UVICORN = ["-m", "uvicorn", "--uds={socket}", "--log-level=warning", "--lifespan=on"]
 GUNICORN = ["-m", "gunicorn", "--bind=unix:{socket}", "--no-control-socket", "--workers=2"]
 WAYS = {
-    "uvicorn": UVICORN,
+    "uvicorn": ["-m", "uvicorn", "--port={port}", "--log-level=warning", "--lifespan=on"],
     "gunicorn's asgi worker": [*GUNICORN, "-k", "asgi", "--preload"],
     "uvicorn's worker": [*GUNICORN, "-k", "uvicorn_worker.UvicornWorker"],
 }
@@ -38,7 +38,9 @@ def sessions(server, conninfo):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_fastapi_example_gives_everybody_his_own_and_leaves_no_session(way, server, database):
-    with Served([*WAYS[way], "shop:app"], EXAMPLE, DATABASE_URL=database) as served:
+    port = free_port() if way == "uvicorn" else None
+    arguments = [*(part.replace("{port}", str(port)) for part in WAYS[way]), "shop:app"]
+    with Served(arguments, EXAMPLE, port, DATABASE_URL=database) as served:
         added = served.ask(*(("POST", f"/orders?item=item{n}") for n in range(100)))
         assert {answer.status_code for answer in added} == {201}, served.log()
         shown = served.ask(*(("GET", f"/orders/{each.json()['id']}") for each in added))
@@ -49,6 +51,9 @@ def test_the_fastapi_example_gives_everybody_his_own_and_leaves_no_session(way, 
         assert missing.status_code == 404
         assert len(lines.text.splitlines()) == 100
         assert health.status_code == 200
+        if port is not None:
+            assert served.talk("/feed", "tea", "coffee") == ["ordered"] * 2
+            assert served.ask(("GET", "/orders.csv"))[0].text.endswith(",tea\n102,coffee\n")
         assert 1 <= sessions(server, database) <= 20
         served.stop()
         until(lambda: sessions(server, database) == 0, "no session is left")
@@ -132,8 +137,7 @@ HEAD = """
 @pytest.mark.parametrize(
     ("framework", "driver"),
     [
-        ("starlette", "psycopg"),
-        ("starlette", "asyncpg"),
+        ("starlette", "asyncpg"),  # with psycopg FastAPI's example is Starlette's, too
         ("quart", "psycopg"),
         ("connexion", "asyncpg"),
         ("none", "psycopg"),

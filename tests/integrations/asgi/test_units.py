@@ -162,8 +162,9 @@ async def test_a_task_that_outlives_its_request_is_told_to_have_a_unit_of_its_ow
 
         async def late():
             await answered.wait()
-            with pytest.raises(MisuseError, match=r"GET /.*is over") as caught:
-                await shop.db.connection()
+            async with shop.taken():  # it is told at once, and does not wait for one first
+                with pytest.raises(MisuseError, match=r"GET /.*is over") as caught:
+                    await shop.db.connection()
             assert "db.unit()" in str(caught.value)
             async with shop.db.unit():
                 await shop.write("late")
