@@ -390,6 +390,7 @@ class AsyncpgLink:
         if self.activity() in {Activity.BROKEN, Activity.ACTIVE}:
             self.discard()
             return
+        self.conn._protocol = DEAD  # nobody can begin anything; and asyncpg calls it closed
         ended: asyncio.Future[None] = self._loop.create_future()
         self._watch.tell = ended.cancel
         transport.write(_TERMINATE)
