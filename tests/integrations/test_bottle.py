@@ -527,6 +527,36 @@ def test_a_stream_that_only_notifies_is_committed_too(shop, outside):
     assert [note.channel for note in outside.notifies(timeout=10, stop_after=1)] == ["news"]
 
 
+def test_psycopg2s_connections_are_lent_committed_and_kept_for_streams_as_well(shop_of, outside):
+    shop = shop_of(driver="psycopg2")
+
+    def insert(db, tag):
+        with db.cursor() as cursor:
+            cursor.execute("insert into note values (%s)", (tag,))
+
+    @shop.app.get("/one")
+    def one(db):
+        insert(db, "one")
+        return "made"
+
+    @shop.app.get("/two")
+    def two(db):
+        insert(db, "before")
+        return (insert(db, tag) or tag for tag in ("a", "b"))
+
+    @shop.app.get("/refused")
+    def refused(db):
+        insert(db, "refused")
+        bottle.abort(409)
+
+    texts = [(answer.status_code, answer.text) for answer in map(shop.get, ("/one", "/two"))]
+    assert texts == [(200, "made"), (200, "ab")]
+    assert shop.get("/refused").status_code == 409
+    assert kept(outside) == {"one", "before", "a", "b"}
+    assert shop.all_are_back()
+    assert len(shop.warnings()) == 1
+
+
 def test_a_file_needs_no_connection(shop, tmp_path):
     (tmp_path / "big.txt").write_text("big")
     shop.app.get("/", callback=lambda db: bottle.static_file("big.txt", str(tmp_path)))

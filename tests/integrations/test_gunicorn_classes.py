@@ -42,6 +42,7 @@ CLASSES = {
 RUNTIMES = {"gevent": "on gevent"}  # the others: on threads
 # uvicorn, when it ends, closes connections whose request it has not read yet: their clients ask again.
 CUTS = {"uvicorn_worker.UvicornWorker"}
+NO_EXIT_HOOK = {"uvicorn_worker.UvicornWorker"}  # on SIGTERM
 WORKERS = 2
 MOST = 25  # requests of a worker
 
@@ -97,6 +98,8 @@ def check_a_life(bank: BankApp, kind: str, preload: bool) -> None:
     until(lambda: not bank.sessions(), f"{kind}: nothing is left")
     assert f"penstock: {RUNTIMES.get(kind, 'on threads')}: pool 'bank." in bank.log()
     assert "Traceback" not in bank.log()
+    if kind not in NO_EXIT_HOOK:
+        assert "ended without closing its pools" not in bank.log()
 
 
 def check_balances(bank: BankApp, count: int, *, cuts: bool = False) -> None:
