@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 import types
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -844,15 +844,30 @@ def test_settings_hold_for_the_transaction_and_end_with_it(
 # --- bounded calls
 
 
+@contextmanager
+def stopped(link: Psycopg2Link) -> Iterator[None]:
+    """Its server process does nothing, and its kernel goes on acknowledging.
+
+    After a while it runs again, so that what waits for it without a deadline fails and does not hang.
+    """
+    pid = link.conn.get_backend_pid()
+    rescue = threading.Timer(SECONDS, os.kill, (pid, signal.SIGCONT))
+    rescue.start()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        rescue.cancel()
+        rescue.join()
+
+
 @pytest.fixture
 def frozen(server: Server, open_link: OpenLink) -> Iterator[Psycopg2Link]:
-    """A link whose server process is stopped: its kernel goes on acknowledging."""
     link = open_link(server.conninfo(), reset="session")
     link.prepare()
-    pid = link.conn.get_backend_pid()
-    os.kill(pid, signal.SIGSTOP)
-    yield link
-    os.kill(pid, signal.SIGCONT)
+    with stopped(link):
+        yield link
 
 
 def took(call: Callable[[], Any], at_least: float) -> Any:
@@ -874,13 +889,9 @@ def test_a_rollback_on_a_frozen_server_ends_at_the_deadline(
     link = open_link(server.conninfo())
     link.prepare()
     run(link.conn, "select 1")
-    pid = link.conn.get_backend_pid()
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with stopped(link):
         assert not link.park()
         assert took(lambda: link.tidy(0.2), 0.19) is False
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def test_a_reset_on_a_frozen_server_ends_at_its_bound(
@@ -923,10 +934,8 @@ def test_a_deadline_is_kept_in_a_forked_child_too(server: Server, open_link: Ope
     if child == 0:  # no pytest from here on
         try:
             own = driver.open(Recipe(conninfo=server.conninfo()), SECONDS)
-            pid = own.conn.get_backend_pid()
-            os.kill(pid, signal.SIGSTOP)
-            answer = own.ping(0.2)
-            os.kill(pid, signal.SIGCONT)
+            with stopped(own):
+                answer = own.ping(0.2)
             os._exit(0 if answer is False else 1)
         except BaseException:
             traceback.print_exc()
