@@ -447,8 +447,8 @@ def flavoured(base: type[PenstockError], driver: ErrorSource) -> type[Any]:
     """Give the class that is both `base` and the driver's own error.
 
     `MisuseError` becomes also the driver's `InterfaceError` (retry decorators must not retry a
-    bug), all others its `OperationalError`, but for `ConfigError`, which no connection is part of
-    and no retry can heal: it stays as it is. Both ``except penstock.PoolTimeout`` and ``except
+    bug), all others its `OperationalError` (`PoolTimeout` its `timeout_error`, if it has one), but
+    for `ConfigError`, which no connection is part of and no retry can heal: it stays as it is. Both ``except penstock.PoolTimeout`` and ``except
     psycopg.OperationalError`` catch it. Cached; typed loosely because the constructor is `base`'s.
 
     Args:
@@ -460,10 +460,12 @@ def flavoured(base: type[PenstockError], driver: ErrorSource) -> type[Any]:
     """
     if issubclass(base, ConfigError):
         return base
-    interface = issubclass(base, MisuseError)
-    return _flavour(
-        base, driver.name, driver.interface_error if interface else driver.operational_error
-    )
+    parent = driver.operational_error
+    if issubclass(base, MisuseError):
+        parent = driver.interface_error
+    elif issubclass(base, PoolTimeout):
+        parent = getattr(driver, "timeout_error", parent)
+    return _flavour(base, driver.name, parent)
 
 
 def _flavour(base: type[PenstockError], driver: str, parent: type[Exception]) -> type[Any]:

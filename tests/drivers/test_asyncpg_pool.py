@@ -84,6 +84,7 @@ def test_errors_are_asyncpgs_too(server: Server) -> None:
             again = pickle.loads(pickle.dumps(error))
             assert type(again) is type(error) and str(again) == str(error)
         assert "small" in str(caught.value)
+        assert isinstance(caught.value, TimeoutError)  # as of asyncpg's own pool
 
     async def closed(pool: Any) -> PoolClosed:
         with pytest.raises(PoolClosed) as caught:

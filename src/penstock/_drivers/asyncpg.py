@@ -6,7 +6,8 @@ asyncpg_connect's, what is done with one asyncpg_link's.
 `operational_error` and `interface_error`: asyncpg has no OperationalError. What stands for a server
 that cannot be used is `asyncpg.PostgresConnectionError` (SQLSTATE class 08), which is a
 `PostgresError` as well, so that both ``except`` clauses of its users catch a pool's errors; misuse is
-`asyncpg.InterfaceError`, as in asyncpg itself.
+`asyncpg.InterfaceError`, as in asyncpg itself. Its own pool raises the built-in `TimeoutError` when
+there is no connection in time, so `PoolTimeout` is one of those, too.
 """
 
 from __future__ import annotations
@@ -34,12 +35,17 @@ _SERVER_GOES: Final = ("57P01", "57P02", "57P03")
 _PID_MAX: Final = 4_194_304
 
 
+class AcquireTimeout(asyncpg.PostgresConnectionError, TimeoutError):  # type: ignore[misc]  # noqa: N818
+    """What a pool's `PoolTimeout` is besides: asyncpg's own pool raises `TimeoutError`."""
+
+
 class AsyncpgDriver:
     """asyncpg, as penstock sees it."""
 
     name = "asyncpg"
     operational_error: type[Exception] = asyncpg.PostgresConnectionError
     interface_error: type[Exception] = asyncpg.InterfaceError
+    timeout_error: type[Exception] = AcquireTimeout
 
     async def open(self, recipe: Recipe, seconds: float | None) -> AsyncpgLink:
         """Connect within `seconds`, name look-up included; the link is lent.
