@@ -216,8 +216,6 @@ class AsyncLoan:
         lost = False
         try:
             lost = error is None and await self._roll_back_asking()
-            if error is None and self.shape.is_forgotten(self.activity()):
-                await self.shape.roll_back()
             clean = self.activity() is Activity.IDLE
             cause = None if clean else GivenBack() if error is None else error
         except BaseException as cut_off:
@@ -261,10 +259,6 @@ class PsycopgShape:
         """Whether `begin` is due: never, the first statement does it."""
         return False
 
-    def is_forgotten(self, activity: Activity) -> bool:  # noqa: ARG002  as above
-        """Whether a transaction was ended behind the driver's back: it would not mind."""
-        return False
-
     async def begin(self) -> None:
         """Nothing to do."""
 
@@ -301,10 +295,6 @@ class AsyncpgShape:
     def wants_begin(self, activity: Activity) -> bool:
         """Whether a transaction is due and none is open."""
         return self._begins and self._transaction is None and activity is Activity.IDLE
-
-    def is_forgotten(self, activity: Activity) -> bool:
-        """Whether the transaction was ended by SQL: the driver would take the next one for nested."""
-        return self._transaction is not None and activity is Activity.IDLE
 
     async def begin(self) -> None:
         """Open a transaction. Raises the driver's errors."""

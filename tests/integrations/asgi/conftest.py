@@ -157,8 +157,11 @@ class Shop:
     async def __aenter__(self):
         return self
 
-    async def __aexit__(self, *exc):
+    async def __aexit__(self, kind, error, trace):
+        orphaned = self.pool.stats().orphaned
         await self.pool.close()
+        if error is None:
+            assert not orphaned, "a lease was dropped, and came home by the garbage collector only"
 
 
 @pytest.fixture(params=DRIVERS)

@@ -182,6 +182,29 @@ async def test_a_connection_kept_over_a_commit_is_in_a_transaction_again(shop):
 
 
 @on_a_loop
+async def test_a_transaction_that_is_ended_by_sql_leaves_nothing_to_the_next_request(shop):
+    async with shop:
+
+        async def view(request):
+            conn = await shop.db.connection()
+            await conn.execute("insert into note values ('by hand')")
+            await conn.execute("commit")
+            return PlainTextResponse("done")
+
+        async def nested(request):
+            conn = await shop.db.connection()
+            async with conn.transaction():
+                await conn.execute("insert into note values ('nested')")
+            return PlainTextResponse("done")
+
+        shop.view(view)
+        shop.view(nested, "/nested")
+        assert (await shop.ask()).status_code == 200
+        assert (await shop.ask("/nested")).status_code == 200
+        assert shop.kept() == {"by hand", "nested"}
+
+
+@on_a_loop
 async def test_explicit_commits_what_is_committed_and_warns_of_the_rest(shop_of, driver):
     async with shop_of(driver, "explicit") as shop:
 

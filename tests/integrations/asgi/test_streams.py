@@ -18,12 +18,13 @@ async def rows(shop, conn):
     """Five numbers, by a cursor that the server keeps: a stream that reads on."""
     if shop.driver == "psycopg":
         async with conn.cursor(name="five") as cursor:
+            cursor.itersize = 1  # it goes on to the server for each
             await cursor.execute(ROWS)
             async for (number,) in cursor:
                 yield str(number)
     else:
         async with conn.transaction():
-            async for record in conn.cursor(ROWS):
+            async for record in conn.cursor(ROWS, prefetch=1):
                 yield str(record[0])
 
 
