@@ -170,6 +170,20 @@ def test_what_was_made_before_the_return_is_dead_for_good(unix_dsn: str) -> None
     run(main())
 
 
+def test_a_statement_of_one_borrower_is_dead_in_the_next_ones_hands(unix_dsn: str) -> None:
+    async def main() -> None:
+        async with opened(unix_dsn) as link:
+            await ready(link)
+            statement = await link.conn.prepare("select 1")
+            assert link.park()
+            link.lend()
+            with pytest.raises(asyncpg.InterfaceError, match="released back to the pool"):
+                await statement.fetch()
+            assert link.park()
+
+    run(main())
+
+
 def test_a_block_left_after_the_return_raises_and_does_not_end_the_next_transaction(
     unix_dsn: str,
 ) -> None:

@@ -214,30 +214,34 @@ def test_asyncio_run_ends_with_an_open_under_way_without_a_complaint(
 def test_a_commit_that_was_sent_goes_on_though_its_borrower_is_cancelled(
     table: Server, loop: str
 ) -> None:
-    table.execute("create table slow (a int unique deferrable initially deferred)")
+    table.execute(
+        "create function nap() returns trigger language plpgsql as "
+        "'begin perform pg_sleep(0.2); return null; end'"
+    )
+    table.execute(
+        "create constraint trigger nap after insert on apg "
+        "deferrable initially deferred for each row execute function nap()"
+    )
     table.execute("truncate apg")
 
     async def main() -> None:
-        async with opened(table.conninfo()) as blocker, opened(table.conninfo()) as link:
-            await blocker.begin()
-            await blocker.conn.execute("insert into slow values (1)")
+        async with opened(table.conninfo()) as link:
             await link.begin()
-            await link.conn.execute("insert into apg values (1); insert into slow values (2)")
-            # The COMMIT waits for a lock of the constraint's check.
-            await link.conn.execute("insert into slow values (3)")
+            await link.conn.execute("insert into apg values (1)")
             commit = asyncio.ensure_future(link.commit())
-            await asyncio.sleep(0)
+            await comes_true(link._is_busy)
             commit.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await commit
-            assert not link.park()
+            assert not link.park() and link.activity() is Activity.ACTIVE
             assert await link.tidy(SECONDS)
             assert link.activity() is Activity.IDLE and link.park()
             link.lend()
             assert await one(link, "select count(*) from apg") == 1
 
     run(main(), loop)
-    table.execute("drop table slow")
+    table.execute("drop trigger nap on apg")
+    table.execute("drop function nap")
 
 
 def test_a_failed_commit_whose_borrower_is_gone_makes_no_noise(

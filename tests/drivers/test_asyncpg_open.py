@@ -445,7 +445,12 @@ def test_a_wrong_and_a_missing_password_do_not_heal(strict: Server) -> None:
             assert await one(link, "select 1") == 1
         async with opened(conninfo, kwargs={"password": lambda: "right"}) as link:
             assert await one(link, "select 1") == 1
-        found = await diagnosis_of(conninfo, kwargs={"password": "wrong"})
+        recipe = Recipe(conninfo=conninfo, kwargs={"password": SECRET})
+        with pytest.raises(asyncpg.InvalidPasswordError) as caught:
+            await driver.open(recipe, SECONDS)
+        shown = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+        assert SECRET not in "".join(shown.format())
+        found = await driver.diagnose(caught.value, recipe, SECONDS)
         assert (found.sqlstate, found.heals) == ("28P01", False)
         found = await diagnosis_of(conninfo)
         assert not found.heals, found
