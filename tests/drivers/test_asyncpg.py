@@ -722,6 +722,25 @@ def test_the_statement_cache_is_right_after_other_peoples_changes_of_the_schema(
     run(main())
 
 
+def test_what_one_connection_learns_of_a_changed_schema_its_siblings_need_not(
+    table: Server,
+) -> None:
+    async def main() -> None:
+        async with opened(table.conninfo()) as link, opened(table.conninfo()) as sibling:
+            for each in (link, sibling):
+                assert not (await each.execute("select * from ledger")).rows
+            table.execute("alter table ledger add b int")
+            sibling.park()
+            await link.execute("select * from ledger")
+            sibling.lend()
+            await sibling.begin()
+            assert not await sibling.conn.fetch("select * from ledger")
+            await sibling.commit()
+            assert sibling.park()
+
+    run(main())
+
+
 def test_a_reset_is_sent_without_waiting_and_counts_as_under_way(
     server: Server, proxy: WireProxy
 ) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from types import new_class
 from typing import TYPE_CHECKING, Any, Final, NoReturn
+from weakref import WeakSet
 
 import asyncpg
 
@@ -107,6 +108,7 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
     def __init__(self, protocol: Any, *args: Any, **kwargs: Any) -> None:
         self._penstock = Watch(protocol)  # type: ignore[misc]  # the slot is the made class's
         super().__init__(protocol, *args, **kwargs)
+        _siblings(self).add(self)
 
     def __del__(self) -> None:
         watch: Watch | None = getattr(self, "_penstock", None)
@@ -234,6 +236,15 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
     def _drop_local_type_cache(self) -> None:
         self._penstock.protocol.get_settings().clear_type_cache()
 
+    def _drop_global_statement_cache(self) -> None:
+        # The schema has changed for all: in a transaction each would fail once by itself.
+        for each in list(_siblings(self)):
+            each._drop_local_statement_cache()
+
+    def _drop_global_type_cache(self) -> None:
+        for each in list(_siblings(self)):
+            each._drop_local_type_cache()
+
     def _is_parked(self) -> bool:
         return isinstance(self._protocol, DeadProtocol) and self._penstock.protocol.is_connected()
 
@@ -247,6 +258,15 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
         if not self._is_parked():
             self._penstock.touched.add("ended")
             super()._cleanup()
+
+
+# The connections of one loop to one database, by the loop's id.
+_families: dict[tuple[int, Any, Any], WeakSet[Any]] = {}
+
+
+def _siblings(conn: Any) -> WeakSet[Any]:
+    key = (id(conn._loop), conn._addr, conn._params.database)
+    return _families.setdefault(key, WeakSet())
 
 
 # Made once per connection class.
