@@ -26,7 +26,7 @@ from psycopg2 import extensions
 from penstock import _drivers
 from penstock._drivers import psycopg2_deadline
 from penstock._drivers.protocol import Activity, Recipe
-from penstock._drivers.psycopg2 import Psycopg2Link, driver
+from penstock._drivers.psycopg2 import driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tests.wire import WireProxy
 
     from penstock._drivers.protocol import Driver
+    from penstock._drivers.psycopg2_link import Psycopg2Link
     from penstock.launcher import Server
 
     OpenLink = Callable[..., Psycopg2Link]
@@ -298,7 +299,7 @@ def test_an_interrupt_while_setting_up_leaves_no_descriptor(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("penstock._drivers.psycopg2.Bound", interrupted)
+    monkeypatch.setattr("penstock._drivers.psycopg2_link.Bound", interrupted)
     before = descriptors()
     with pytest.raises(KeyboardInterrupt):
         driver.open(Recipe(conninfo=server.conninfo()), SECONDS)
@@ -897,7 +898,7 @@ def test_a_rollback_on_a_frozen_server_ends_at_the_deadline(
 def test_a_reset_on_a_frozen_server_ends_at_its_bound(
     frozen: Psycopg2Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("penstock._drivers.psycopg2.RESET_SECONDS", 0.2)
+    monkeypatch.setattr("penstock._drivers.psycopg2_link.RESET_SECONDS", 0.2)
     assert took(frozen.start_reset, 0.19) is False
 
 

@@ -17,7 +17,7 @@ SRC = Path(penstock.lease.__file__).parent
 LEASE = ast.parse((SRC / "lease.py").read_text())
 MACHINE = ast.parse((SRC / "_machine" / "machine.py").read_text())
 DRIVER = ast.parse((SRC / "_drivers" / "psycopg3_link.py").read_text())
-PSYCOPG2 = ast.parse((SRC / "_drivers" / "psycopg2.py").read_text())
+PSYCOPG2 = ast.parse((SRC / "_drivers" / "psycopg2_link.py").read_text())
 
 each_lease = pytest.mark.parametrize("written", ["PgconnLease", "ClassLease"])
 

@@ -81,15 +81,15 @@ class Watching(connection):
         _note(self, "session")
         super().set_session(*args, **kwargs)
 
-    def set_isolation_level(self, *args: Any) -> None:
+    def set_isolation_level(self, level: int | None) -> None:
         """Set the isolation level, as in psycopg2."""
         _note(self, "isolation_level")
-        super().set_isolation_level(*args)
+        super().set_isolation_level(level)
 
-    def set_client_encoding(self, *args: Any) -> None:
+    def set_client_encoding(self, encoding: str) -> None:
         """Set the client's encoding, as in psycopg2."""
         _note(self, "encoding")
-        super().set_client_encoding(*args)
+        super().set_client_encoding(encoding)
 
     def reset(self) -> None:
         """Return to psycopg2's defaults, as in psycopg2."""
