@@ -161,7 +161,7 @@ def test_cut_off_anywhere_a_link_tells_the_truth_and_comes_back(
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("over", ["unix", "tcp", "tls", "name"])
+@pytest.mark.parametrize("over", ["unix", "tls", "name"])
 def test_cancelled_anywhere_while_opening_nothing_is_left(
     request: pytest.FixtureRequest, over: str, loop: str
 ) -> None:

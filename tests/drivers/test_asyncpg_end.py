@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 on_each_loop = pytest.mark.parametrize("loop", LOOPS)
 
 
-@pytest.fixture(params=["unix", "tcp", "tls"])
+@pytest.fixture(params=["unix", "tls"])
 def running(request: pytest.FixtureRequest) -> tuple[Server, str]:
     found: Server = request.getfixturevalue("tls_server" if request.param == "tls" else "server")
     return found, found.conninfo(over=request.param)
@@ -302,8 +302,9 @@ def answers_in_a_child(link: AsyncpgLink, conninfo: str, loop: str) -> Callable[
 
 
 @on_each_loop
-@pytest.mark.parametrize("fork", [os.fork, quiet_libc_fork])
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize(
+    ("fork", "busy"), [(os.fork, False), (os.fork, True), (quiet_libc_fork, False)]
+)
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_forked_child_lets_go_without_disturbing_the_parent(
     running: tuple[Server, str], loop: str, fork: Callable[[], int], busy: bool
