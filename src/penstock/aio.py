@@ -18,6 +18,7 @@ import logging
 import random
 import weakref
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast, overload
 
 from penstock import _drivers, fork, loops, watch
@@ -256,8 +257,11 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         """Give back what `getconn` lent. A transaction left open is rolled back, with a warning.
 
         Raises:
-            MisuseError: this connection is not lent by this pool (given back twice, or another's).
+            MisuseError: this connection is not lent by this pool (given back twice, or another's), or
+                the pool is another event loop's.
         """
+        if get_ident() != self._thread:
+            self._refuse_other_loops()
         slot = self._lent(self._getconns.pop(id(conn), None), conn)
         slot.loose = False
         if self._plain and slot.link.park():
@@ -321,6 +325,7 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
 
     async def _open_dedicated(self, seconds: float) -> Any:
         notice_fork()
+        self._refuse_other_loops()
         if self._machine.phase is Phase.CLOSED:
             raise self._reporter.closed()
         began = clock()
@@ -375,16 +380,23 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
             MisuseError: it belongs to another event loop, which is still there.
         """
         notice_fork()  # else it would end the parent's sessions
-        if self._loop is not None and not self._is_forsaken():
-            self._join_loop()
+        self._refuse_other_loops()
         was_open = self._machine.phase is Phase.OPEN
         self._reporter.closed_at = clock()
         self._move(self._machine.close)
         try:
-            if was_open and not self._is_forsaken():
+            if self._is_forsaken():
+                self._getconns.clear()  # nobody can give them back any more
+                self._bring_orphans_home()
+            elif was_open:
                 await self._wait_until_empty(FOREVER if timeout is None else timeout)
         finally:
             await self._leave_loop()
+
+    def _refuse_other_loops(self) -> None:
+        """Raise MisuseError on a loop that is not the pool's, while the pool's is there."""
+        if self._loop is not None and not self._is_forsaken():
+            self._join_loop()
 
     def _is_forsaken(self) -> bool:
         """Whether its loop has ended, or is about to."""
@@ -404,8 +416,12 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         """Replace every connection: idle ones now, lent ones when they come back.
 
         For new credentials, a new address, a changed search_path of the role.
+
+        Raises:
+            MisuseError: the pool belongs to another event loop.
         """
         notice_fork()
+        self._refuse_other_loops()
         self._move(self._machine.drain)
 
     async def resize(self, min_size: int, max_size: int | None = None) -> None:
@@ -417,8 +433,10 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
 
         Raises:
             ConfigError: not ``0 <= min_size <= max_size``, or max_size below 1.
+            MisuseError: the pool belongs to another event loop.
         """
         notice_fork()
+        self._refuse_other_loops()
         max_size = min_size if max_size is None else max_size
         self._config = self._config.replace(min_size=min_size, max_size=max_size)
         self._move(partial(self._machine.resize, min_size, max_size))

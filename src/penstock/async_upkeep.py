@@ -17,7 +17,6 @@ ends they are cancelled like all others: a slot that such a task holds comes hom
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import logging
 from collections import deque
@@ -113,15 +112,19 @@ class AsyncUpkeep:
         if end is not None:
             await end.aclose()
 
-    def _loop_is_ending(self) -> None:
+    def _loop_is_ending(self) -> set[asyncio.Task[None]]:
         """The loop is being shut down and the pool was not closed: end what is idle, now.
 
-        What is lent ends when it is given back, or dropped.
+        What is lent ends when it is given back, or dropped. Gives the pool's tasks, cancelled: a lease
+        that dies while the loop cancels all tasks may have had a new connection opened.
         """
         if self._end is None:
-            return
+            return set()
         self._ending = True
         self._move(self._machine.close)
+        for task in self._tasks:
+            task.cancel()
+        return set(self._tasks)
 
     # -- moves of the pool as a whole -------------------------------------------------------------
 
@@ -236,6 +239,8 @@ class AsyncUpkeep:
         )
         self._carry_out(orders)
         self._tell_onlookers()
+        if isinstance(failure.error, _Cancelled):
+            return  # nobody's fault, and mostly the program's end
         if before is None or before.error.text != failure.text:
             code = f" (SQLSTATE {failure.sqlstate})" if failure.sqlstate else ""
             _log.warning("pool %r: cannot open a connection: %s%s", self.name, failure.text, code)
@@ -376,10 +381,9 @@ def _discard(link: Any) -> None:
         _log.exception("a driver could not end a connection; it is dropped")
 
 
-def _loop_ends(home: ref[Any]) -> None:
+def _loop_ends(home: ref[Any]) -> set[asyncio.Task[None]]:
     pool = home()
-    if pool is not None:
-        pool._loop_is_ending()
+    return set() if pool is None else pool._loop_is_ending()
 
 
 def _tick_if_alive(home: ref[Any]) -> None:
@@ -411,10 +415,11 @@ def orphaned(home: ref[Any], slot_ref: SlotRef) -> None:
     if pool is None:
         return
     pool._orphans.append(slot_ref)
-    loop = pool._loop
-    if loop is not None:
-        with contextlib.suppress(RuntimeError):  # it is closed
-            loop.call_soon_threadsafe(pool._tick)
+    try:
+        (pool._loop or asyncio.get_running_loop()).call_soon_threadsafe(pool._tick)
+    except RuntimeError:  # its loop has ended: nobody comes to this until the pool is used again
+        if slot_ref.link is not None:
+            _discard(slot_ref.link)
 
 
 def let_go_of_all(machine: Machine) -> None:

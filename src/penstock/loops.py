@@ -11,18 +11,21 @@ operations only, since several threads may run a loop each.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 from penstock import watch
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Collection
 
     Loop = asyncio.AbstractEventLoop
+
+#: Seconds for what is cancelled at a loop's end: it has only to hear of it.
+CANCELLED_SECONDS: Final = 1.0
 
 # -- who hung up ----------------------------------------------------------------------------------
 
@@ -92,8 +95,11 @@ def forget_watches() -> None:
 # -- the end of a loop ----------------------------------------------------------------------------
 
 
-def at_end(tell: Callable[[], object]) -> AsyncGenerator[None, None]:
+def at_end(tell: Callable[[], Collection[asyncio.Task[Any]]]) -> AsyncGenerator[None, None]:
     """Have `tell` called when the running loop is shut down (`loop.shutdown_asyncgens`).
+
+    It gives the tasks, cancelled, that the loop is to bring to their end before it is closed: those
+    that were begun after it had cancelled all tasks.
 
     An asynchronous generator that has begun is closed then, and nobody sees it among the tasks.
     Whoever calls must keep it; closing it (`aclose`) calls `tell`, too.
@@ -106,8 +112,12 @@ def at_end(tell: Callable[[], object]) -> AsyncGenerator[None, None]:
     return generator
 
 
-async def _until_closed(tell: Callable[[], object]) -> AsyncGenerator[None, None]:
+async def _until_closed(
+    tell: Callable[[], Collection[asyncio.Task[Any]]],
+) -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
-        tell()
+        cancelled = tell()
+        if cancelled:
+            await asyncio.wait(cancelled, timeout=CANCELLED_SECONDS)

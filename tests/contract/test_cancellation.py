@@ -263,9 +263,7 @@ def test_struck_at_each_suspension_point_nothing_is_lost(combination, name, requ
         if not suspends:
             assert points == [0]
             return
-        # asyncpg's connect() minds a cancellation; closed, it leaves its socket to nobody.
-        asyncpg_connects = name == "dedicated" and combination.name.endswith("asyncpg")
-        for how in CANCEL if asyncpg_connects else WAYS:
+        for how in WAYS:
             at = 1
             while await run_once(w, function, pool, at, how):
                 at += 1

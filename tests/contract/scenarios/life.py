@@ -42,7 +42,7 @@ async def a_closed_pool_says_that_it_is_closed(w):
             await ask()
     assert pool.closed
     assert not pool.opened
-    assert w.db.sessions(pool) == 0
+    await w.until(lambda: w.db.sessions(pool) == 0)
 
 
 @scenario
