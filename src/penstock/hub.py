@@ -131,10 +131,10 @@ def when_patched(call: Callable[[], object]) -> None:
 
     A process that borrows before it patches would else not look again while connections are idle.
     """
-    events: Any = sys.modules.get("gevent.events")
-    if events is None or has_green_waits() or call in _told:
+    if "gevent" not in sys.modules or has_green_waits() or call in _told:
         return
     _told.append(call)
+    from gevent import events  # noqa: PLC0415  gevent is there, so it may be imported
 
     def tell(event: object) -> None:
         if isinstance(event, events.GeventDidPatchAllEvent):

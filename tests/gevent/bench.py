@@ -44,10 +44,10 @@ class Bench:
         with self.make().dedicated(autocommit=True) as conn:
             yield lambda sql, *values: self.ask(conn, sql, *values)[0]
 
-    def until(self, condition, what):
+    def until(self, condition, what, seconds=PATIENCE):
         import gevent
 
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"in vain: {what() if callable(what) else what}"
             gevent.sleep(0.005)

@@ -33,6 +33,7 @@ ALONE = (
     scenes.the_first_use_may_be_in_a_native_thread,
     scenes.a_forked_child_has_its_own_sessions_and_disturbs_none,
     scenes.a_destroyed_hub_is_replaced,
+    scenes.another_thread_wakes_the_hub_of_this_one,
 )
 
 
@@ -40,8 +41,13 @@ def named(found):
     return pytest.mark.parametrize("scene", found, ids=lambda scene: scene.__name__)
 
 
-@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
-@pytest.mark.parametrize("mode", ["first", "late", "forked"])
+@pytest.mark.parametrize(
+    ("mode", "driver"),
+    [
+        *(("first", "psycopg"), ("late", "psycopg"), ("forked", "psycopg")),
+        *(("first", "psycopg2"), ("forked", "psycopg2")),
+    ],
+)
 @named(EVERYWHERE)
 def test_it_works_whenever_gevent_patches(stage, scene, mode, driver):
     stage.play(scene, mode=mode, driver=driver, together=EVERYWHERE)
@@ -61,6 +67,12 @@ def test_it_stands_hubs_and_forks(stage, scene):
 def test_a_fork_with_psycopg2_disturbs_none(stage):
     scene = scenes.a_forked_child_has_its_own_sessions_and_disturbs_none
     stage.play(scene, mode="first", driver="psycopg2")
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_a_connect_that_is_under_way_at_a_fork_is_the_parents(stage, driver):
+    scene = scenes.a_connect_that_is_under_way_at_a_fork_is_the_parents
+    stage.play(scene, mode="first", driver=driver)
 
 
 @pytest.mark.parametrize(("mode", "driver"), [("first", "psycopg"), ("late", "psycopg2")])
@@ -84,7 +96,7 @@ def test_a_wait_callback_that_somebody_else_has_set_stays(stage):
     stage.play(scenes.a_wait_callback_that_is_set_stays, mode="first", driver="psycopg2")
 
 
-def test_a_pool_that_was_used_before_gevent_patched_is_put_right_where_gevent_was_imported(stage):
-    stage.play(
-        scenes.statements_of_many_greenlets_run_at_the_same_time, mode="used", driver="psycopg"
-    )
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+def test_a_pool_that_was_used_before_gevent_patched_is_put_right(stage, driver):
+    """Where gevent was imported by then, as in a master of gunicorn's."""
+    stage.play(scenes.a_statement_lets_other_greenlets_run, mode="used", driver=driver)
