@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from gunicorn.config import Config
 from gunicorn.util import get_arity, load_class
 from tests.forks import Child, until
 
-from penstock import ConnectionPool
+from penstock import ConnectionPool, pools
 from penstock.aio import AsyncConnectionPool
 from penstock.integrations import gunicorn as hooks
 from penstock.integrations import gunicorn_limits, gunicorn_traps
@@ -88,6 +89,12 @@ def test_a_worker_says_once_which_runtimes_and_drivers_it_runs_on(pool, unix_dsn
     assert worker.log.of("warning") == []
 
 
+def test_a_pool_that_is_closed_is_none_of_a_workers(pool):
+    assert gunicorn_traps.pools_of([pool, "something else that forks"]) == [pool]
+    pool.close()
+    assert gunicorn_traps.pools_of([pool]) == []
+
+
 def test_a_worker_without_pools_says_so():
     assert gunicorn_traps.what_it_runs_on([]) == "no pool is made yet in this worker"
 
@@ -106,6 +113,13 @@ def test_a_wsgi_application_under_an_asgi_worker_is_a_trap(kind):
     assert names("flask.app.Flask", "is a WSGI one", kind, "a2wsgi.WSGIMiddleware")(line)
 
 
+def test_a_coroutine_function_is_asgi_whatever_it_takes():
+    async def app(*args):
+        raise NotImplementedError
+
+    assert gunicorn_traps.interface_of(app) == "ASGI"
+
+
 @pytest.mark.parametrize(
     ("kind", "app"), [("sync", flask.Flask("shop")), ("asgi", asgi), ("tornado", None)]
 )
@@ -121,7 +135,7 @@ sys.path[:0] = {path!r}
 import {module}
 from gunicorn.config import Config
 from gunicorn.util import load_class
-from penstock import ConnectionPool
+from penstock import ConnectionPool, pools
 from penstock.integrations import gunicorn_traps
 cfg = Config()
 cls = load_class("gevent")
@@ -222,15 +236,24 @@ def test_pools_on_one_server_are_added_and_those_on_others_are_not(unix_dsn):
     assert gunicorn_limits.found(8, [(Share(one, 10), here), (Share(two, 10), there)]) == []
     (line,) = gunicorn_limits.found(8, [(Share(one, 10), here), (Share(two, 3), here)])
     assert names("8 workers x 13", "10 of pool 'one', 3 of pool 'two'", "port 5432")(line)
+    assert gunicorn_limits.found(97, [(Share(one, 1), here)]) == []
     assert names("at most 97 workers")(gunicorn_limits.found(98, [(Share(one, 1), here)])[0])
 
 
-def test_only_the_first_worker_of_a_generation_asks(pool):
-    for age in (2, 3):
+def test_only_the_first_worker_of_a_generation_asks(pool, monkeypatch):
+    asked: list[Any] = []
+
+    def exceeded(*given: Any) -> list[str]:
+        asked.append(given)
+        return []
+
+    monkeypatch.setattr(gunicorn_limits, "exceeded", exceeded)
+    for age in (2, 3, 4):
         hooks.post_worker_init(worker_of("sync", age=age, workers=3))
-    assert not pool.stats().opened
-    hooks.post_worker_init(worker_of("sync", age=4, workers=3))
-    until(lambda: pool.stats().borrows, "it asked")
+        for thread in threading.enumerate():
+            if thread.name == "penstock-limits":
+                thread.join()
+        assert len(asked) == (age == 4)
 
 
 def test_a_server_that_is_down_keeps_no_worker_from_starting_and_no_other_from_being_asked(pool):
@@ -279,6 +302,14 @@ def test_worker_exit_waits_for_what_is_lent_no_longer_than_it_is_told(pool):
     assert 0.09 < time.monotonic() - began < 30
     assert pool.closed
     pool.putconn(conn)
+
+
+def test_a_hook_of_the_users_own_says_how_long_it_waits(monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr(pools, "close_all", waits.append)
+    hooks.worker_exit(None, worker_of("sync"), timeout=7.0)
+    hooks.worker_exit(None, worker_of("sync"))
+    assert waits == [7.0, 2.0]
 
 
 def test_pools_that_nobody_opened_are_not_closed(unix_dsn):
