@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
@@ -51,7 +50,6 @@ async def comes_true(condition: Callable[[], Any]) -> None:
 
 def sockets() -> set[str]:
     """The open sockets of this process; uvloop opens other things when it likes."""
-    gc.collect()
     found = set()
     for entry in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
