@@ -1061,3 +1061,12 @@ async def test_a_wait_that_a_forked_child_drops_is_still_the_parents(server: Ser
         assert select.select([link.fd], [], [], SECONDS)[0]
         assert link.fd in {key.fd for key, _ in epoll.select(0)}
         assert await waiting
+
+
+@async_test
+async def test_what_is_closed_the_loop_knows_no_more(unix_dsn: str) -> None:
+    """Else asyncio would take the next socket of that number for this one."""
+    async with opened(unix_dsn) as link:
+        asyncio.get_running_loop().add_reader(link.fd, print)  # as somebody does who still waits
+        await link.close()
+        assert link.fd not in registered()
