@@ -323,7 +323,9 @@ class Borrowing(Upkeep):
         try:
             if error is None:
                 failure = self._commit(slot.link)
-            verdict = self._verdict(slot.link, cut_short=bool(error or failure))
+            # By a Timeout of gevent's, an interrupt: nobody forgot anything.
+            cut_short = error is not None and not isinstance(error, Exception)
+            verdict = self._verdict(slot.link, cut_short=cut_short)
             slot.reset_pending = verdict is Verdict.CLEAN and self._config.reset == "session"
             self._return(slot, verdict, suspect=self._is_suspect(error or failure))
         except BaseException:
