@@ -92,7 +92,8 @@ class Penstock:
             )
         self._owns_pool = not isinstance(pool, ConnectionPool)
         if not isinstance(pool, ConnectionPool):
-            pool = ConnectionPool(pool, **{"name": keyword, **options})
+            options.setdefault("name", keyword)
+            pool = ConnectionPool(pool, **options)
         self._pool: ConnectionPool[Any] = pool
         self._keyword = keyword
         self._transactions = transactions
@@ -234,9 +235,9 @@ class _Work:
 
     def answered(self, answer: Any) -> Any:
         """The view has answered: commit and give back, or do it when the body has ended."""
-        is_response = isinstance(answer, HTTPResponse)
-        self.note_status((answer if is_response else response).status_code)
-        body = answer.body if is_response else answer
+        given: Any = answer if isinstance(answer, HTTPResponse) else None
+        self.note_status((response if given is None else given).status_code)
+        body = answer if given is None else given.body
         if not _goes_on(body):
             self.commit()
             self.end(None)
@@ -245,10 +246,10 @@ class _Work:
         streamed = self._keep_for(body)
         self.commit()  # what was written so far: a commit that fails is still a 500
         self._is_answered = True
-        if not is_response:
+        if given is None:
             return streamed
-        answer.body = streamed
-        return answer
+        given.body = streamed
+        return given
 
     def _keep_for(self, body: Iterable[Any]) -> Streamed:
         streamed = Streamed(body, self)

@@ -193,7 +193,6 @@ class Loan:
         except Exception:  # noqa: BLE001  then the pool rolls back, or closes it
             return False
 
-
     def _ask_wrote(self, query: str) -> bool:
         # Not by `execute`: psycopg would prepare it after a few times.
         options = {"prepare": False} if hasattr(self.conn, "execute") else {}
