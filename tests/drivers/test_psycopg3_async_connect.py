@@ -60,9 +60,7 @@ class Resolver:
         self.asked: list[str] = []
         self._real: Any = socket.getaddrinfo
 
-    def __call__(self, host: str, *args: Any, flags: int = 0, **kwargs: Any) -> Any:
-        if flags & socket.AI_NUMERICHOST:
-            return self._real(host, *args, flags=flags, **kwargs)
+    def __call__(self, host: str, *args: Any, **kwargs: Any) -> Any:
         assert threading.current_thread() is not threading.main_thread()
         self.asked.append(host)
         if host.endswith(".dead"):

@@ -10,7 +10,7 @@ refuses.
 
 from __future__ import annotations
 
-import socket
+import ipaddress
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -81,11 +81,8 @@ async def _attempts_of(
 
 
 async def _addresses(host: str, port: str, until: float) -> list[str] | psycopg.OperationalError:
-    try:
-        # An address in figures needs nobody's help.
-        return connecting.look_up(host, port, flags=socket.AI_NUMERICHOST)
-    except psycopg.OperationalError:
-        pass
+    if _is_address(host):  # needs nobody's help
+        return [host]
     try:
         look_up = partial(connecting.look_up, host, port)
         return await call_aside(("look up", host, port), look_up, until)
@@ -95,6 +92,14 @@ async def _addresses(host: str, port: str, until: float) -> list[str] | psycopg.
         return psycopg.errors.ConnectionTimeout("the host name was not resolved in time")
     except RuntimeError as error:  # can't start new thread
         return psycopg.OperationalError(f"could not look up the host name: {error}")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 # --- one address

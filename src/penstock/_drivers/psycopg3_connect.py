@@ -169,14 +169,14 @@ def is_host_name(host: str) -> bool:
     return bool(host) and host[0] not in "/@"
 
 
-def look_up(host: str, port: str, flags: int = 0) -> list[str]:
+def look_up(host: str, port: str) -> list[str]:
     """The addresses of a host name; asks the resolver and waits for it.
 
     Raises:
         psycopg.OperationalError: there is none, or no answer; the resolver's error is its cause.
     """
     try:
-        found = socket.getaddrinfo(host, port or None, type=socket.SOCK_STREAM, flags=flags)
+        found = socket.getaddrinfo(host, port or None, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a label above 63 bytes
         raise psycopg.OperationalError(
             f"could not resolve the host name {_shown_host(host)}: {error}"
