@@ -3,9 +3,8 @@
 One job: as loans.py, for asyncio: borrow at first use, one connection per database, keep it for the
 whole unit, end the transaction as told, and give back whatever happens.
 
-It must not know: frameworks, ASGI, answers. It knows pools by `connection()`, links by `activity()`,
-and connections by the two shapes that drivers have: psycopg's, which begins by itself and has
-`commit()` and `rollback()`, and asyncpg's, whose transactions are objects.
+It must not know: frameworks, ASGI, how drivers begin and end transactions (async_transactions.py). It
+knows pools by `connection()`, and links by `activity()`.
 
 No lock of threads: it runs on one loop. `AsyncLoans._turn` makes "look, then borrow" one step for the
 tasks of one unit; a task that runs `on_first_use` may use the unit's connection meanwhile.
@@ -28,6 +27,7 @@ from penstock._drivers.protocol import Activity
 from penstock._machine.slot import Reason
 from penstock.borrowing import GivenBack
 from penstock.errors import MisuseError
+from penstock.integrations.async_transactions import AsyncpgShape, PsycopgShape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,6 +50,7 @@ class AsyncLoan:
     """One borrowed connection, and what is known about its transaction.
 
     Attributes:
+        commits_at_end: the answer has left its transaction open.
         conn: the driver's connection; None until it is borrowed.
         equipping: the task that runs `on_first_use` on it just now.
         failed: at its end, a statement of its transaction was found to have failed.
@@ -63,6 +64,7 @@ class AsyncLoan:
         "_over",
         "_pid",
         "_task",
+        "commits_at_end",
         "conn",
         "equipping",
         "failed",
@@ -72,6 +74,7 @@ class AsyncLoan:
 
     def __init__(self, pool: Any, *, autocommit: bool) -> None:
         self.name: str = pool.name
+        self.commits_at_end = False
         self.conn: Any = None
         self.equipping: asyncio.Task[Any] | None = None
         self.failed = False
@@ -244,91 +247,6 @@ class AsyncLoan:
             return False
 
 
-class PsycopgShape:
-    """A connection that begins by itself, and has `commit()` and `rollback()`."""
-
-    def __init__(self, conn: Any) -> None:
-        self._conn = conn
-
-    def loses_nothing(self) -> bool:
-        """Whether nothing is lost with the session, which has ended."""
-        closed_by_user = not getattr(self._conn, "broken", True)
-        return closed_by_user or bool(self._conn.autocommit)
-
-    def wants_begin(self, activity: Activity) -> bool:  # noqa: ARG002  the other shape's needs it
-        """Whether `begin` is due: never, the first statement does it."""
-        return False
-
-    async def begin(self) -> None:
-        """Nothing to do."""
-
-    async def commit(self) -> bool:
-        """Commit. Raises the driver's errors."""
-        await self._conn.commit()
-        return True
-
-    async def roll_back(self) -> None:
-        """Roll back. Raises the driver's errors."""
-        await self._conn.rollback()
-
-    async def ask(self, query: str) -> bool:
-        """Whether a query gives a row."""
-        return bool((await self._conn.execute(query, prepare=False)).rowcount)
-
-    async def roll_back_asking(self, query: str) -> bool:
-        """Ask, and roll back: in one message, as dear as the rollback alone."""
-        return await self.ask(f"{query}; rollback")
-
-
-class AsyncpgShape:
-    """A connection whose transactions are objects, and that is in autocommit without one."""
-
-    def __init__(self, conn: Any, *, begins: bool) -> None:
-        self._conn = conn
-        self._begins = begins
-        self._transaction: Any = None
-
-    def loses_nothing(self) -> bool:
-        """Whether nothing is lost with the session, which has ended."""
-        return self._transaction is None
-
-    def wants_begin(self, activity: Activity) -> bool:
-        """Whether a transaction is due and none is open."""
-        return self._begins and self._transaction is None and activity is Activity.IDLE
-
-    async def begin(self) -> None:
-        """Open a transaction. Raises the driver's errors."""
-        transaction = self._conn.transaction()
-        await transaction.start()
-        self._transaction = transaction
-
-    async def commit(self) -> bool:
-        """Commit what `begin` opened; False: it had failed. Raises the driver's errors.
-
-        By SQL, since the transaction's own method does not tell what the server answers.
-        """
-        if self._transaction is None:
-            return True
-        self._transaction = self._conn._top_xact = None  # noqa: SLF001  as the method does
-        return bool(await self._conn.execute("COMMIT") != "ROLLBACK")
-
-    async def roll_back(self) -> None:
-        """Roll back what `begin` opened. Raises the driver's errors."""
-        transaction, self._transaction = self._transaction, None
-        if transaction is not None:
-            await transaction.rollback()
-
-    async def ask(self, query: str) -> bool:
-        """Whether a query gives a row."""
-        return bool(await self._conn.fetchval(query))
-
-    async def roll_back_asking(self, query: str) -> bool:
-        """Ask, and roll back."""
-        found = await self.ask(query)
-        await self.roll_back()
-        return found
-
-
 class AsyncLoans:
     """What one unit of work has borrowed, by database.
 
@@ -436,7 +354,7 @@ class AsyncLoans:
         """Commit every database's transaction, one after the other.
 
         One in which a statement failed is rolled back, with a warning. One that has only read is
-        left open where another task goes on with it: a body that is read from a cursor in it may
+        left open where another task goes on with it, and committed at its end: a body that is read from a cursor in it may
         have begun already, if a middleware makes tasks (Starlette's BaseHTTPMiddleware does).
 
         Raises:
@@ -452,6 +370,7 @@ class AsyncLoans:
             await loan.quiet_down()
         activity = loan.activity()
         if shared and activity is Activity.IN_TRANSACTION and not await loan.has_written():
+            loan.commits_at_end = True
             return
         if activity is Activity.ACTIVE:
             raise MisuseError(
@@ -502,11 +421,14 @@ class AsyncLoans:
         await self.give_all_back(error)
 
     async def _give_back(self, loan: AsyncLoan, error: BaseException | None) -> None:
-        failed = (
-            error is None and not self.refused and loan.activity() is Activity.IN_FAILED_TRANSACTION
-        )
+        if error is None and loan.commits_at_end and loan.activity() is Activity.IN_TRANSACTION:
+            try:
+                await loan.commit()  # nothing was written, but there may be a NOTIFY
+            except BaseException as failure:
+                await loan.give_back(failure)
+                raise
         try:
-            if await loan.give_back(error) or failed:
+            if await loan.give_back(error) or (loan.failed and not self.refused):
                 self._warn(loan, "nobody committed it")
         except Exception:  # noqa: BLE001  the others must come back, too
             # This one does by itself, once nobody holds it.

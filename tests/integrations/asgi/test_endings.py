@@ -11,6 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from tests.integrations.asgi.conftest import on_a_loop
 
+from penstock import MisuseError
+
 MODES = ["request", "explicit", "autocommit"]
 
 
@@ -219,6 +221,27 @@ async def test_explicit_commits_what_is_committed_and_warns_of_the_rest(shop_of,
         assert shop.kept() == {"one"}
         (told,) = shop.warnings()
         assert "nobody committed it" in told
+
+
+@on_a_loop
+async def test_explicit_warns_of_a_failed_statement_that_was_swallowed_and_commit_refuses_it(
+    shop_of, driver
+):
+    async with shop_of(driver, "explicit") as shop:
+
+        async def commits(request):
+            await swallows(shop)
+            with pytest.raises(MisuseError, match="a statement failed: it was rolled back"):
+                await shop.db.commit()
+            return PlainTextResponse("refused")
+
+        shop.view(lambda request: swallows(shop))
+        shop.view(commits, "/commits")
+        assert (await shop.ask()).status_code == 200
+        (told,) = shop.warnings()
+        assert "nobody committed it" in told
+        assert (await shop.ask("/commits")).text == "refused"
+        assert shop.kept() == set()
 
 
 @on_a_loop

@@ -244,6 +244,21 @@ async def test_starlettes_tasks_around_and_within_take_no_cursor_from_a_stream(s
 
 
 @on_a_loop
+async def test_what_only_notifies_is_committed_whoever_is_in_between(shop):
+    async with shop:
+
+        async def view(request):
+            await shop.run("select pg_notify('news', 'told')")
+            return PlainTextResponse("done")
+
+        shop.view(view)
+        between(shop, lambda request, go_on: go_on(request))
+        shop.outside.execute("listen news")
+        assert (await shop.ask()).status_code == 200
+        assert [each.payload for each in shop.outside.notifies(timeout=2, stop_after=1)] == ["told"]
+
+
+@on_a_loop
 async def test_what_starlettes_tasks_wrote_is_committed_with_the_answer(shop):
     async with shop:
 

@@ -138,18 +138,21 @@ async def test_a_request_inside_another_one_has_its_own(shop_of, driver):
 
 
 @on_a_loop
-async def test_the_middleware_in_itself_is_one(shop):
+async def test_the_middleware_in_itself_is_one_and_what_is_in_between_shares_the_connection(shop):
     async with shop:
 
         async def view(request):
             await shop.write("work")
             return PlainTextResponse("done")
 
+        async def between(scope, receive, send):
+            await shop.write("in between")
+            await shop.app()(scope, receive, send)
+
         shop.view(view)
-        app = shop.db.middleware(shop.db.middleware(shop.app()))
-        assert (await shop.ask(app=app)).status_code == 200
-        assert shop.kept() == {"work"}
-        assert shop.in_use() == 0
+        assert (await shop.ask(app=shop.db.middleware(between))).status_code == 200
+        assert shop.kept() == {"work", "in between"}
+        assert shop.pool.stats().borrows == 1
 
 
 # -- after the end -----------------------------------------------------------------------------------
