@@ -229,5 +229,8 @@ class Asyncpg(Real):
 
 
 def pool_name():
-    """A name that no other pool has, so that its sessions can be told at the server."""
-    return f"contract-{next(_numbers)}"
+    """A name that no other pool has, so that its sessions can be told at the server.
+
+    Nor one of another process: gevent's child is at the same server meanwhile.
+    """
+    return f"contract-{os.getpid()}-{next(_numbers)}"
