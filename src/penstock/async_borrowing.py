@@ -21,6 +21,7 @@ import asyncio
 import logging
 import random
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from penstock import fork, watch
@@ -364,7 +365,13 @@ class AsyncBorrowing(AsyncUpkeep):
             return
         # Nobody's: a task that is made now may get the number of the one that has gone.
         place[0].holder = 0
-        if not self._spawn(self._finish(place)):
+        undone = partial(self._finish_at_once, place)
+        if not self._spawn(self._finish(place), undone):
+            undone()
+
+    def _finish_at_once(self, place: list[Slot]) -> None:
+        """No task, or one that was cancelled before it had begun."""
+        if place:
             self._return(place.pop(), Verdict.UNCLEAN)
 
     async def _finish(self, place: list[Slot]) -> None:

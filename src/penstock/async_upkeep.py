@@ -154,8 +154,7 @@ class AsyncUpkeep:
             case Open(slot):
                 self._spawn(self._open_slot([slot]))
             case Close():
-                if order.discard or not self._spawn(self._close_slot([order])):
-                    self._close_at_once(order)
+                self._close(order)
             case TickAt(when):
                 self._call_at(when)
             case Overdue(slot, seconds):
@@ -163,8 +162,14 @@ class AsyncUpkeep:
             case ReportOutage(seconds):
                 self._spawn(self._say_outage(seconds))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Run `work` in a task of its own; False, and it is dropped, where no loop runs, or it ends."""
+    def _spawn(
+        self, work: Coroutine[Any, Any, None], undone: Callable[[], object] | None = None
+    ) -> bool:
+        """Run `work` in a task of its own; False, and it is dropped, where no loop runs, or it ends.
+
+        `undone` is called when the task has ended: one that is cancelled before its first step has
+        done nothing, not even its `finally`, and what it was given would be the garbage collector's.
+        """
         try:
             loop = None if self._ending else asyncio.get_running_loop()
         except RuntimeError:
@@ -176,6 +181,8 @@ class AsyncUpkeep:
         task = contextvars.Context().run(loop.create_task, work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        if undone is not None:
+            task.add_done_callback(lambda _task: undone())
         return True
 
     def _call_at(self, when: float) -> None:
@@ -247,6 +254,12 @@ class AsyncUpkeep:
 
     # -- closing ----------------------------------------------------------------------------------
 
+    def _close(self, order: Close) -> None:
+        place = [order]
+        undone = partial(self._close_undone, place)
+        if order.discard or not self._spawn(self._close_slot(place), undone):
+            undone()
+
     async def _close_slot(self, place: list[Close]) -> None:
         """In a task: end this slot's connection politely."""
         await asyncio.sleep(0)
@@ -256,7 +269,12 @@ class AsyncUpkeep:
             _unwatch(link, order.slot.ref)
             await _closed(link)
             order.slot.link = None
-        self._ended(order)
+        self._ended(place.pop())
+
+    def _close_undone(self, place: list[Close]) -> None:
+        """No task, or one that was cancelled."""
+        if place:
+            self._close_at_once(place.pop())
 
     def _close_at_once(self, order: Close) -> None:
         slot = order.slot

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import signal
 import threading
+from importlib.util import find_spec
 
 import pytest
 
@@ -17,10 +18,8 @@ from penstock import AsyncConnectionPool, MisuseError, PenstockError, PoolTimeou
 from penstock.testing import AsyncFakeDriver, FakeServer, Mode
 from tests.contract.runtimes import PATIENCE, Asyncio, Uvloop
 
-LOOPS = [
-    pytest.param(Asyncio, id="asyncio"),
-    pytest.param(Uvloop, id="uvloop"),
-]
+#: Where uvloop is missing, test_contract.py says so.
+LOOPS = [each for each in (Asyncio, Uvloop) if each is Asyncio or find_spec("uvloop")]
 
 
 @pytest.fixture
@@ -36,10 +35,8 @@ def pool(fake):
     )
 
 
-@pytest.fixture(params=LOOPS)
+@pytest.fixture(params=LOOPS, ids=lambda kind: kind.name)
 def runtime(request):
-    if request.param is Uvloop:
-        pytest.importorskip("uvloop", reason="uvloop is not installed")
     return request.param()
 
 

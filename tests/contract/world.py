@@ -39,8 +39,10 @@ class Combination(NamedTuple):
 
     def missing(self):
         """What is not installed, as a reason to skip."""
-        absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
-        return f"{self.name}: {', '.join(absent)} is not installed" if absent else ""
+        absent = [
+            name for name in dict.fromkeys(self.needs) if importlib.util.find_spec(name) is None
+        ]
+        return f"{self.name}: not installed: {', '.join(absent)}" if absent else ""
 
 
 def _fake(runtime, driver, name, *needs, locked=False):
@@ -49,7 +51,8 @@ def _fake(runtime, driver, name, *needs, locked=False):
 
 def _real(runtime, database, *needs):
     name = f"{runtime.name}-{database.driver}"
-    return Combination(runtime, database, name, (database.driver, "psycopg", *needs), fake=False)
+    # psycopg looks at the server from outside
+    return Combination(runtime, database, name, ("psycopg", database.driver, *needs), fake=False)
 
 
 COMBINATIONS = (
