@@ -544,6 +544,11 @@ def test_a_commit_of_a_session_that_broke_raises_and_of_one_that_was_closed_does
             await comes_true(link.hung_up)
             with pytest.raises((asyncpg.InterfaceError, asyncpg.PostgresConnectionError)):
                 await link.commit()
+        async with opened(server.conninfo()) as link:
+            await link.begin()
+            link.discard()
+            with pytest.raises((asyncpg.InterfaceError, asyncpg.PostgresConnectionError)):
+                await link.commit()
         for how in ("close", "terminate"):
             async with opened(server.conninfo()) as link:
                 await link.begin()

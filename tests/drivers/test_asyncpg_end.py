@@ -221,6 +221,23 @@ def test_discard_wakes_whoever_waits_for_the_connection(unix_dsn: str, loop: str
 
 
 @on_each_loop
+def test_discard_under_a_coroutine_that_was_closed_makes_no_noise(
+    unix_dsn: str, loop: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        link = await driver.open(Recipe(conninfo=unix_dsn), SECONDS)
+        query = link.conn.fetch("select pg_sleep(60)")
+        query.send(None)
+        query.close()
+        link.discard()
+        await asyncio.sleep(0.01)
+
+    run(main(), loop)
+    gc.collect()
+    assert not caplog.records
+
+
+@on_each_loop
 def test_discard_works_from_another_thread(unix_dsn: str, loop: str) -> None:
     async def main() -> None:
         told: list[str] = []

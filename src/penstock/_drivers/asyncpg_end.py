@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from gc import get_referents
 from typing import Any
 
 from penstock._drivers.sockets import shut_down
@@ -15,6 +16,12 @@ from penstock._drivers.sockets import shut_down
 def is_running(loop: asyncio.AbstractEventLoop) -> bool:
     """Whether this very code runs on that loop."""
     return asyncio._get_running_loop() is loop
+
+
+def look_at(outcome: asyncio.Future[Any]) -> None:
+    """Take notice of an error that nobody may be left to hear: else the loop would complain."""
+    if not outcome.cancelled():
+        outcome.exception()
 
 
 def drop(protocol: Any, transport: Any, loop: asyncio.AbstractEventLoop, fd: int) -> None:
@@ -27,6 +34,10 @@ def drop(protocol: Any, transport: Any, loop: asyncio.AbstractEventLoop, fd: int
         fd: the socket's descriptor as it was when the session began.
     """
     if is_running(loop):
+        # Whoever awaited an answer may be gone without a word (a coroutine that was closed).
+        for each in get_referents(protocol):
+            if isinstance(each, asyncio.Future) and not each.done():
+                each.add_done_callback(look_at)
         protocol.abort()
         transport.abort()
         return

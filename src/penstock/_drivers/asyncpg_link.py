@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 
-from penstock._drivers.asyncpg_end import drop, is_running
+from penstock._drivers.asyncpg_end import drop, is_running, look_at
 from penstock._drivers.asyncpg_guard import DEAD, INHERITED, Settings
 from penstock._drivers.protocol import Activity, Reply
 from penstock._drivers.session_reset import LEARN, literal, reset_message
@@ -288,7 +288,7 @@ class AsyncpgLink:
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = self._pending = self._loop.create_task(work)
-        task.add_done_callback(_look_at)
+        task.add_done_callback(look_at)
         return task
 
     async def tidy(self, seconds: float | None) -> bool:
@@ -410,12 +410,17 @@ class AsyncpgLink:
         the socket is shut down, and the loop finds that when it runs.
         """
         self._watch.tell = self._watch.drop = None
-        if is_running(self._loop):
+        running = is_running(self._loop)
+        if running:
             self.conn._protocol = self.protocol
-            self.conn.terminate()
         elif self._loop.is_closed():
             self.conn._protocol = DEAD
         drop(self.protocol, self._transport, self._loop, self.fd)
+        if running:
+            wished = "closed" in self.touched
+            self.conn.terminate()
+            if not wished:  # it was not the borrower: his commit shall raise
+                self.touched.discard("closed")
 
     def abandon(self, *, busy: bool) -> None:  # noqa: ARG002  nothing of it is ever freed
         """In a forked child: let go of the parent's session without a byte on the wire."""
@@ -431,12 +436,6 @@ class AsyncpgLink:
             return os.fstat(self.fd).st_ino == self._inode
         except OSError:
             return False
-
-
-def _look_at(task: asyncio.Task[Any]) -> None:
-    """Nobody may be left to look: then the loop would complain."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _name(channel: str) -> str:
