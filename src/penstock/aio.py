@@ -507,7 +507,8 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
                 for slot in self._machine.slots()
             )
 
-        if not await self._wait_until(empty, clock() + seconds):
+        done = await self._wait_until(empty, clock() + seconds)
+        if not done and self._reporter.counts().in_use:  # else the last are just being closed
             _log.warning(
                 "pool %r: closed with %d connections still lent; each is closed when it is given "
                 "back: %s",

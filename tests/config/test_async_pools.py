@@ -92,3 +92,17 @@ def test_a_file_of_databases_is_read_as_for_pools(tmp_path):
     path.write_text("[orders]\nmax_sise = 3\n")
     with pytest.raises(ConfigError, match="max_sise"):
         AsyncPools.from_file(path)
+
+
+def test_closing_without_waiting_warns_of_nothing_when_nothing_is_lent(caplog):
+    with FakeServer() as server:
+
+        async def scenario():
+            pools = AsyncPools({"orders": PoolConfig(driver=AsyncFakeDriver(server))})
+            await pools["orders"].execute("select 1")
+            await pools.close(timeout=0)
+            assert pools["orders"].closed
+
+        asyncio.run(scenario())
+        assert not caplog.records
+        assert not server.sessions
