@@ -138,6 +138,18 @@ class Asyncio:
         return id(asyncio.current_task())
 
 
+class Eager(Asyncio):
+    """From 3.12 on: tasks that run at once, in the middle of who makes them."""
+
+    name = "eager"
+    there = hasattr(asyncio, "eager_task_factory")
+
+    def loop_factory(self):
+        loop = asyncio.new_event_loop()
+        loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009  3.11 has none
+        return loop
+
+
 class Uvloop(Asyncio):
     name = "uvloop"
 

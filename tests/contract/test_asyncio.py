@@ -16,10 +16,10 @@ import pytest
 
 from penstock import AsyncConnectionPool, MisuseError, PenstockError, PoolTimeout
 from penstock.testing import AsyncFakeDriver, FakeServer, Mode
-from tests.contract.runtimes import PATIENCE, Asyncio, Uvloop
+from tests.contract.runtimes import PATIENCE, Asyncio, Eager, Uvloop
 
 #: Where uvloop is missing, test_contract.py says so.
-LOOPS = [each for each in (Asyncio, Uvloop) if each is Asyncio or find_spec("uvloop")]
+LOOPS = [Asyncio, *([Uvloop] if find_spec("uvloop") else []), *([Eager] if Eager.there else [])]
 
 
 @pytest.fixture

@@ -133,6 +133,36 @@ async def a_transaction_left_open_is_rolled_back_with_a_warning(w):
 
 
 @scenario
+async def what_a_borrower_began_where_the_driver_commits_by_itself_is_rolled_back(w):
+    if not w.db.transaction:
+        return  # the driver's own transaction, which the block commits
+    pool, key = w.pool(max_size=1), pool_name()
+    async with pool.connection() as conn:
+        await w.ask(conn, "begin")
+        await w.db.write(conn, key)
+    assert w.db.written(key) == 0
+    assert "rolled back" in w.log
+    await w.check_usable(pool)
+    assert pool.stats().opened == 1
+
+
+@scenario
+async def a_dedicated_connection_commits_or_rolls_back_too(w):
+    pool, kept, lost = w.pool(), pool_name(), pool_name()
+    async with pool.dedicated() as conn:
+        await w.db.write(conn, kept)
+    assert w.db.written(kept) == 1
+    with pytest.raises(ZeroDivisionError):
+        async with pool.dedicated() as conn:
+            if w.db.transaction:
+                await w.ask(conn, "begin")
+            await w.db.write(conn, lost)
+            _ = 1 / 0
+    await w.until(lambda: w.db.sessions(pool) == 0)
+    assert w.db.written(lost) == 0
+
+
+@scenario
 async def settings_are_for_one_transaction(w):
     pool = w.pool(max_size=1)
     if w.db.fake:

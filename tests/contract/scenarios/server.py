@@ -78,6 +78,18 @@ async def one_connect_at_a_time_looks_for_a_server_that_is_down(w):
 
 
 @fake_scenario
+async def a_dedicated_connection_that_cannot_be_opened_says_why(w):
+    pool = w.pool()
+    for mode in (Mode.DOWN, Mode.WRONG_PASSWORD, Mode.FULL):
+        w.server.mode = mode
+        with pytest.raises(ServerUnavailable, match=mode.value) as caught:
+            async with pool.dedicated():
+                pass
+        assert isinstance(caught.value.__cause__, FakeOperationalError)
+    assert pool.stats().size == 0
+
+
+@fake_scenario
 async def a_server_that_has_no_room_serves_with_what_is_open(w):
     pool = w.pool(min_size=0, max_size=2)
     holder = await w.borrow(pool).wait()
