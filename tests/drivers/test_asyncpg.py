@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 from tests.drivers.async_links import LOOPS, run
 from tests.drivers.asyncpg_links import GIVEN_BACK, SECONDS, comes_true, one, opened, sockets
+from tests.forks import until
 
 from penstock._drivers.asyncpg import driver
 from penstock._drivers.protocol import Activity, Recipe
@@ -284,8 +285,11 @@ def test_a_statement_that_was_cut_off_is_cancelled_on_the_server_and_the_session
         async with opened(running.conninfo(over=over)) as link:  # type: ignore[arg-type]
             await ready(link)
             if how == "cancelled":
+                pid = link.conn.get_server_pid()
                 task = asyncio.ensure_future(link.conn.fetch("select pg_sleep(20)"))
-                await comes_true(link._is_busy)
+                asleep = f"select 1 from pg_stat_activity where pid={pid} and wait_event='PgSleep'"
+                # A request to cancel what the server has not begun is not heard.
+                await asyncio.to_thread(until, lambda: running.execute(asleep))
                 task.cancel()
                 await asyncio.wait({task})
             else:
