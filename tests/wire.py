@@ -182,7 +182,7 @@ class FrontendParser:
         return "Startup"
 
 
-class _Relay:
+class Relay:
     """One client's connection and its connection to the server."""
 
     def __init__(
@@ -219,9 +219,7 @@ class _Relay:
         # A connection that breaks is what this proxy is for.
         with suppress(OSError):
             while data := await reader.read(1 << 16):
-                if count == self._client_says:
-                    await asyncio.sleep(self._proxy.latency)
-                await self._proxy.thawed.wait()
+                await self._proxy.may_pass(self, from_client=count == self._client_says)
                 count(data)
                 writer.write(data)
                 await writer.drain()
@@ -239,16 +237,19 @@ class _Relay:
 
     async def cut(self, how: Literal["rst", "fin"]) -> None:
         for writer in self.writers:
-            if how == "rst":
-                # Not to linger, for no time, is what makes the kernel send RST.
-                linger = struct.pack("ii", 1, 0)
-                with suppress(OSError):
-                    connection = writer.get_extra_info("socket")
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            writer.transport.abort()
+            reset(writer) if how == "rst" else writer.transport.abort()
         for writer in self.writers:
             with suppress(OSError):
                 await writer.wait_closed()
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """End a connection with RST."""
+    # Not to linger, for no time, is what makes the kernel send it.
+    linger = struct.pack("ii", 1, 0)
+    with suppress(OSError):
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    writer.transport.abort()
 
 
 class WireProxy:
@@ -258,7 +259,7 @@ class WireProxy:
         self.port = 0
         self.latency = 0.0
         self._upstream = (host, port)
-        self._relays: list[_Relay] = []  # all that ever were: they are counted
+        self._relays: list[Relay] = []  # all that ever were: they are counted
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
@@ -335,6 +336,21 @@ class WireProxy:
 
         return self._do(cut_all())
 
+    # ------------------------------------------------------------------------ for those who break more
+
+    async def admit(self, _client: asyncio.StreamWriter) -> bool:
+        """Asked in the loop about each new connection, before the server is; False cuts it with RST."""
+        return True
+
+    def begins(self, relay: Relay) -> None:
+        """Told in the loop that a new connection has reached the server."""
+
+    async def may_pass(self, relay: Relay, *, from_client: bool) -> None:
+        """Waits, in the loop, for as long as what was just read is to be held."""
+        if from_client:
+            await asyncio.sleep(self.latency)
+        await self.thawed.wait()
+
     # ------------------------------------------------------------------------ in the loop
 
     def _do(self, verb: Coroutine[Any, Any, T]) -> T:
@@ -371,13 +387,17 @@ class WireProxy:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        if not await self.admit(writer):
+            reset(writer)
+            return
         try:
             server_reader, server_writer = await asyncio.open_connection(*self._upstream)
         except OSError:
-            writer.transport.abort()
+            reset(writer)
             return
-        relay = _Relay(self, writer, server_writer)
+        relay = Relay(self, writer, server_writer)
         self._relays.append(relay)
+        self.begins(relay)
         with suppress(asyncio.CancelledError):
             await relay.run(reader, server_reader)
 
