@@ -35,6 +35,7 @@ bench: $(VENV)/bench.stamp  ## speed, as ratios against peers in the same run
 	$(PY) bench/async_hot_path.py
 	$(PY) bench/round_trips.py
 	$(PY) bench/contention.py
+	$(PY) bench/gevent_worker.py
 
 clean:
 	rm -rf $(VENV)

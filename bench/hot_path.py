@@ -33,6 +33,7 @@ BORROWS = 2_000  # in one round of one contestant: about 1 to 8 ms
 
 WITH = "penstock, with connection()"
 GETCONN = "penstock, getconn/putconn"
+WITH_2 = "penstock, psycopg2, with connection()"
 PEER_WITH = "psycopg_pool, with connection()"
 PEER_GETCONN = "psycopg_pool, getconn/putconn"
 PEER_2 = "psycopg2 ThreadedConnectionPool"
@@ -43,6 +44,7 @@ GOALS = (
     (WITH, 0.20, PEER_WITH),
     (WITH, 0.40, PEER_GETCONN),
     (WITH, 1.00, PEER_2),
+    (WITH_2, 1.00, PEER_2),
 )
 
 
@@ -132,6 +134,8 @@ def sqlalchemy(dsn: str) -> Contestant | None:
 def contestants(dsn: str, closing: ExitStack) -> list[Contestant]:
     ours = closing.enter_context(ConnectionPool(dsn, name="bench"))
     ours.open(wait=True)
+    older = closing.enter_context(ConnectionPool(dsn, driver="psycopg2", name="bench"))
+    older.open(wait=True)
     peer = closing.enter_context(psycopg_pool.ConnectionPool(dsn, min_size=1, max_size=10))
     peer.wait()
     second = psycopg2.pool.ThreadedConnectionPool(1, 10, dsn)
@@ -139,6 +143,7 @@ def contestants(dsn: str, closing: ExitStack) -> list[Contestant]:
     found = [
         with_pool(WITH, ours),
         with_pair(GETCONN, ours),
+        with_pool(WITH_2, older),
         with_pool(PEER_WITH, peer),
         with_pair(PEER_GETCONN, peer),
         with_pair(PEER_2, second),
@@ -272,7 +277,7 @@ def print_goals(figures: dict[str, dict[str, float]]) -> None:
     for name, share, peer in GOALS:
         ratio = figures[name]["ns_minimum"] / figures[peer]["ns_minimum"]
         verdict = "PASS" if ratio <= share else "miss"
-        print(f"{verdict}  {ratio:.2f} of {peer} (goal: at most {share:.2f})")
+        print(f"{verdict}  {name}: {ratio:.2f} of {peer} (goal: at most {share:.2f})")
     print()
 
 

@@ -20,6 +20,7 @@ from penstock import (
     Result,
     Stats,
 )
+from penstock.integrations.asgi import Penstock as AsgiPenstock
 from penstock.integrations.flask import Database, Penstock
 
 
@@ -226,3 +227,12 @@ async def borrow_later() -> None:
     assert_type(later.stats(), Stats)
     async with AsyncPools.from_file("db.ini") as pools:
         assert_type(pools["orders"], AsyncConnectionPool[Any])
+
+
+# -- ASGI ------------------------------------------------------------------------------------------
+
+asgi = AsgiPenstock(AsyncConnectionPool("postgresql://app@db/shop"))
+
+
+async def endpoint() -> None:
+    assert_type(await asgi.connection(), AsyncConnection[TupleRow])
