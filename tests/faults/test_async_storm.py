@@ -74,7 +74,7 @@ class Storm:
     async def strike(self):
         """One borrower, and a cancellation that comes when it comes."""
         fate = Fate(self.rng)
-        task = fate.task = asyncio.create_task(self.borrow(fate))
+        task = asyncio.create_task(self.borrow(fate))
         try:
             await asyncio.wait({task})
         finally:
@@ -94,7 +94,6 @@ class Fate:
     """Where and when one borrower is cancelled; one in ten is cancelled twice."""
 
     def __init__(self, rng):
-        self.task: Any = None
         self.timers: list[Any] = []
         self.place = ""
         self._rng = rng
@@ -105,8 +104,9 @@ class Fate:
         if place == self._chosen:
             for _ in range(1 + (self._rng.random() < 0.1)):
                 seconds = self._rng.uniform(0, LATEST[place])
-                loop = asyncio.get_running_loop()
-                self.timers.append(loop.call_later(seconds, self.task.cancel))
+                task, loop = asyncio.current_task(), asyncio.get_running_loop()
+                assert task is not None
+                self.timers.append(loop.call_later(seconds, task.cancel))
 
 
 async def until(condition, pool):
