@@ -164,7 +164,7 @@ class AsyncBorrowing(AsyncUpkeep):
 
     def _leave_queue(self, waiter: Waiter) -> None:
         """An exception passes: leave the queue. What was given and not touched goes to the next."""
-        if waiter.ticket:
+        if waiter.ticket and not self._is_elsewhere():
             self._carry_out(self._machine.give_up(waiter, clock(), timed_out=False))
 
     async def _accept(self, slot: Slot, waiter: Waiter, left: float) -> bool:
@@ -337,6 +337,9 @@ class AsyncBorrowing(AsyncUpkeep):
         notice_fork()
         if not self._machine.has(place[0]):
             return  # lent before a fork: what it began is the parent's to end
+        if self._is_elsewhere():
+            place.clear()
+            return
         failure: Exception | None = None
         try:
             if error is None:
@@ -450,6 +453,8 @@ class AsyncBorrowing(AsyncUpkeep):
         )
 
     def _return(self, slot: Slot, verdict: Verdict, *, suspect: bool = False) -> None:
+        if self._is_elsewhere():
+            return
         if suspect and verdict is Verdict.CLEAN:
             verdict = Verdict.BROKEN  # a session that is read-only after a failover still answers
         self._carry_out(self._machine.returned(slot, clock(), verdict, suspect=suspect))

@@ -40,10 +40,14 @@ class AsyncDedicated(Generic[ConnT]):
 
     async def __aenter__(self) -> ConnT:
         link = await self._pool._open_dedicated(self._seconds)
+        try:
+            link.lend()
+            if self._autocommit is not None:
+                link.set_autocommit(self._autocommit)
+        except BaseException:
+            link.discard()  # nobody will leave the block
+            raise
         self._link = self._pool._dedicated[id(link)] = link
-        link.lend()
-        if self._autocommit is not None:
-            link.set_autocommit(self._autocommit)
         return link.conn  # type: ignore[no-any-return]  # a link is opaque to the pool
 
     async def __aexit__(

@@ -50,11 +50,11 @@ class AsyncOpener:
         Raises:
             Exception: the driver's, or what a callable of the user raised. Nothing is left open.
         """
-        began = clock()
-        link = await self._driver.open(await self._called_recipe(), seconds)
+        deadline = clock() + seconds
+        recipe = await self._recipe_within(seconds)
+        link = await self._driver.open(recipe, max(0.0, deadline - clock()))
         try:
-            left = began + seconds - clock()
-            await self._configure_within(link, max(DIAGNOSE_SECONDS, left))
+            await self._configure_within(link, max(DIAGNOSE_SECONDS, deadline - clock()))
         except BaseException:
             link.discard()
             raise
@@ -71,9 +71,8 @@ class AsyncOpener:
 
     async def _diagnosis(self, error: BaseException) -> Diagnosis:
         try:
-            diagnosis: Diagnosis = await self._driver.diagnose(
-                error, await self._recipe(), DIAGNOSE_SECONDS
-            )
+            recipe = await self._recipe_within(DIAGNOSE_SECONDS)
+            diagnosis: Diagnosis = await self._driver.diagnose(error, recipe, DIAGNOSE_SECONDS)
         except Exception:  # noqa: BLE001  a diagnosis that fails must not hide the failure
             diagnosis = undiagnosed(error)
         return diagnosis
@@ -84,6 +83,16 @@ class AsyncOpener:
             Hidden(await called(config.conninfo) if callable(config.conninfo) else config.conninfo),
             Hidden(await called(config.kwargs) if callable(config.kwargs) else config.kwargs),
         )
+
+    async def _recipe_within(self, seconds: float) -> Recipe:
+        """The recipe; a token service that never answers must not keep a connection opening for ever."""
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                return await self._called_recipe()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise TimeoutError("conninfo= or kwargs= took longer than a connect may") from None
 
     async def _called_recipe(self) -> Recipe:
         """The recipe; a bug in a callable of the user is told from a server that is down."""

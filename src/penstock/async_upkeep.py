@@ -112,6 +112,15 @@ class AsyncUpkeep:
         if end is not None:
             await end.aclose()
 
+    def _is_elsewhere(self) -> bool:
+        """Whether the pool's loop runs, but not this: the garbage collector, in another thread.
+
+        It destroys a coroutine that nobody awaits any more wherever it happens to run. A slot that is
+        in such hands is to be dropped: its end is told to the loop. No move may be made here.
+        """
+        loop = self._loop
+        return loop is not None and loop.is_running() and not _runs_here(loop)
+
     def _loop_is_ending(self) -> set[asyncio.Task[None]]:
         """The loop is being shut down and the pool was not closed: end what is idle, now.
 
@@ -165,16 +174,16 @@ class AsyncUpkeep:
     def _spawn(
         self, work: Coroutine[Any, Any, None], undone: Callable[[], object] | None = None
     ) -> bool:
-        """Run `work` in a task of its own; False, and it is dropped, where no loop runs, or it ends.
+        """Run `work` in a task of its own; False, and it is dropped, but on the pool's own loop.
+
+        On another one, and when the pool was closed and has left its loop, nobody would see to the
+        task when that loop ends.
 
         `undone` is called when the task has ended: one that is cancelled before its first step has
         done nothing, not even its `finally`, and what it was given would be the garbage collector's.
         """
-        try:
-            loop = None if self._ending else asyncio.get_running_loop()
-        except RuntimeError:
-            loop = None
-        if loop is None:
+        loop = self._loop
+        if loop is None or self._ending or not _runs_here(loop):
             work.close()
             return False
         # An empty context: what a request keeps in context variables is not the pool's.
@@ -352,6 +361,10 @@ class AsyncUpkeep:
     def _tell_onlookers(self) -> None:
         for tell in list(self._onlookers):
             tell()
+
+
+def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
+    return asyncio._get_running_loop() is loop
 
 
 class _Cancelled(Exception):  # noqa: N818  it is what happened

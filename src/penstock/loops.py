@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize, ref
 
 from penstock import watch
 
@@ -31,23 +31,27 @@ CANCELLED_SECONDS: Final = 1.0
 
 
 class LoopWatch:
-    """A watcher whose events arrive as callbacks of a loop."""
+    """A watcher whose events arrive as callbacks of a loop.
+
+    It does not keep its loop alive, and what it holds of the system goes with it.
+    """
 
     def __init__(self, loop: Loop, hung_up: Callable[[Any, int], object]) -> None:
-        self._loop = loop
+        self._loop = ref(loop)
         self._thread = get_ident()
         self._watch = watch.Watch(hung_up, threaded=False)
         self._reading = -1
         self._serials: set[int] = set()
+        finalize(self, self._watch.close).atexit = False
 
-    def add(self, fd: int, token: Any) -> int:
+    def add(self, loop: Loop, fd: int, token: Any) -> int:
         """Watch `fd` until `remove`; gives a serial number, 0 where nothing can be watched."""
         serial = self._watch.add(fd, token)
         if serial:
             self._serials.add(serial)
             if self._reading < 0:
                 self._reading = self._watch.fileno()
-                self._loop.add_reader(self._reading, self._watch.collect)
+                loop.add_reader(self._reading, self._watch.collect)
         return serial
 
     def remove(self, fd: int, serial: int) -> bool:
@@ -64,8 +68,9 @@ class LoopWatch:
     def close(self) -> None:
         """Leave the loop; works when it is closed."""
         reading, self._reading = self._reading, -1
-        if reading >= 0 and not self._loop.is_closed():
-            self._loop.remove_reader(reading)
+        loop = self._loop()
+        if reading >= 0 and loop is not None and not loop.is_closed():
+            loop.remove_reader(reading)
         self._watch.close()
 
 
@@ -77,7 +82,7 @@ def watch_for(loop: Loop, fd: int, token: Any, hung_up: Callable[[Any, int], obj
     found = _watches.get(loop)
     if found is None:
         found = _watches[loop] = LoopWatch(loop, hung_up)
-    return found.add(fd, token)
+    return found.add(loop, fd, token)
 
 
 def unwatch(fd: int, serial: int) -> None:
