@@ -6,8 +6,9 @@ whole unit, end the transaction as told, and give back whatever happens.
 It must not know: frameworks, ASGI, how drivers begin and end transactions (async_transactions.py). It
 knows pools by `connection()`, and links by `activity()`.
 
-No lock of threads: it runs on one loop. `AsyncLoans._turn` makes "look, then borrow" one step for the
-tasks of one unit; a task that runs `on_first_use` may use the unit's connection meanwhile.
+No lock of threads: it runs on one loop. `AsyncLoans._turns` makes "look, then borrow" one step for the
+tasks of one unit, by database; `on_first_use` and the tasks that it starts may use the connection
+that it was given meanwhile, and any other database.
 
 Cancellation can strike at every await. So what is ended is taken out of the books before the first
 await of its end, and a lease that is told its end goes back in the background if its task is not
@@ -21,6 +22,8 @@ import inspect
 import logging
 import os
 import weakref
+from collections import defaultdict
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock._drivers.protocol import Activity
@@ -45,6 +48,9 @@ _FAILED: Final = "25P02"
 # One row if the transaction has written anything (or locked rows); since PostgreSQL 10.
 _WROTE: Final = "select 1 where pg_catalog.txid_current_if_assigned() is not null"
 
+#: The marks of the loans whose `on_first_use` this code is a part of, also in tasks that it started.
+_equipping: ContextVar[tuple[object, ...]] = ContextVar("penstock_equipping", default=())
+
 
 class AsyncLoan:
     """One borrowed connection, and what is known about its transaction.
@@ -52,7 +58,7 @@ class AsyncLoan:
     Attributes:
         commits_at_end: the answer has left its transaction open.
         conn: the driver's connection; None until it is borrowed.
-        equipping: the task that runs `on_first_use` on it just now.
+        equipping: marks who runs `on_first_use` on it just now; None: nobody.
         failed: at its end, a statement of its transaction was found to have failed.
     """
 
@@ -76,7 +82,7 @@ class AsyncLoan:
         self.name: str = pool.name
         self.commits_at_end = False
         self.conn: Any = None
-        self.equipping: asyncio.Task[Any] | None = None
+        self.equipping: object | None = None
         self.failed = False
         self.shape: PsycopgShape | AsyncpgShape
         self._pid = os.getpid()
@@ -156,13 +162,15 @@ class AsyncLoan:
             await self.shape.begin()
         if not hooks or not self._wants_equipment():
             return
-        self.equipping = asyncio.current_task()  # a hook may use the unit's connection
+        mark = self.equipping = object()  # a hook may use the unit's connection
+        token = _equipping.set((*_equipping.get(), mark))
         try:
             for hook in hooks:
                 answer = hook(self.conn)
                 if inspect.isawaitable(answer):
                     await answer
         finally:
+            _equipping.reset(token)
             self.equipping = None
         self._equipped = True
         self._equipped_in_transaction = self.activity() is Activity.IN_TRANSACTION
@@ -264,7 +272,7 @@ class AsyncLoans:
         self.answered = ""
         self.refused = False
         self.over: Callable[[], MisuseError] | None = None
-        self._turn = asyncio.Lock()
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._open: dict[str, AsyncLoan] = {}
 
     async def borrow(
@@ -281,7 +289,7 @@ class AsyncLoans:
             raise self.over()
         loan = self._open.get(key)
         if loan is None or not (loan.is_ready(hooks) or _runs_hooks_of(loan)):
-            async with self._turn:
+            async with self._turns[key]:
                 loan = await self._borrow(key, pool, hooks, autocommit=autocommit)
         loan.is_asked_for()
         return loan
@@ -451,7 +459,7 @@ def begins_nothing(pool: Any) -> bool:
 
 
 def _runs_hooks_of(loan: AsyncLoan) -> bool:
-    return loan.equipping is not None and loan.equipping is asyncio.current_task()
+    return loan.equipping is not None and loan.equipping in _equipping.get()
 
 
 def _says_failed(error: Exception) -> bool:
