@@ -166,7 +166,11 @@ def test_a_task_that_is_destroyed_in_another_thread_gives_its_connection_back_at
         homes.append(asyncio.get_running_loop())
 
     pool = AsyncConnectionPool(
-        unix_dsn, driver=driver, max_size=1, timeout=PATIENCE, configure=configure
+        unix_dsn,
+        driver=driver,
+        max_size=1,
+        timeout=10 * PATIENCE,  # whose end would wake the loop
+        configure=configure,
     )
 
     async def hold(holding):
