@@ -5,7 +5,7 @@ PY = $(VENV)/bin/python
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench faults clean
 
 # A stamp per dependency group: changed requirements are installed, unchanged ones cost nothing.
 $(VENV)/pip.stamp:
@@ -36,6 +36,9 @@ bench: $(VENV)/bench.stamp  ## speed, as ratios against peers in the same run
 	$(PY) bench/round_trips.py
 	$(PY) bench/contention.py
 	$(PY) bench/gevent_worker.py
+
+faults: $(VENV)/test.stamp  ## what happens when things break: every fault, runtime and driver, as a table
+	$(PY) -m tests.faults.table $(ARGS)
 
 clean:
 	rm -rf $(VENV)

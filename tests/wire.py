@@ -387,19 +387,22 @@ class WireProxy:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        if not await self.admit(writer):
-            reset(writer)
-            return
+        with suppress(asyncio.CancelledError):  # the proxy ends
+            await self._relay(reader, writer)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
+            if not await self.admit(writer):
+                reset(writer)
+                return
             server_reader, server_writer = await asyncio.open_connection(*self._upstream)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             reset(writer)
             return
         relay = Relay(self, writer, server_writer)
         self._relays.append(relay)
         self.begins(relay)
-        with suppress(asyncio.CancelledError):
-            await relay.run(reader, server_reader)
+        await relay.run(reader, server_reader)
 
     async def _end(self) -> None:
         await self._stop_listening()

@@ -1,0 +1,86 @@
+"""The server's host says nothing any more: it acknowledges, or not even that.
+
+Nothing breaks, so only a deadline can find it. What was not lent for `ping_after`, or belongs to a pool that has
+become suspect, is pinged before it is lent; what is left of the borrower's time goes into a new connection. So
+everybody has an answer within his timeout: a good connection where new ones work, an error where none do.
+"""
+
+from __future__ import annotations
+
+from penstock import PenstockError
+
+TITLE = "frozen host, 16 borrowers with 16 idle connections"
+SIZE = 16
+PING_AFTER = 0.3
+SLACK = 0.25  # seconds for a thread to be woken and to raise
+
+
+async def play(w):
+    timeout = 3.0 if w.long else 1.0
+    await frozen(w, "not acknowledging, new ones work", timeout, new=False, silent=True)
+    await frozen(w, "not acknowledging, new ones neither", timeout, new=True, silent=True)
+    if not w.long:
+        return
+    await frozen(w, "acknowledging, new ones work", timeout, new=False)
+    await frozen(w, "acknowledging, new ones neither", timeout, new=True)
+    await frozen(w, "SIGSTOP", timeout, new=True, stops=True)
+    await frozen(w, "suspect pool, new ones work", timeout, new=False, suspect=True)
+    await frozen(w, "suspect pool, SIGSTOP", timeout, new=True, stops=True, suspect=True)
+
+
+async def frozen(w, what, timeout, *, new, silent=False, stops=False, suspect=False):
+    server = w.fresh_server() if stops else w.server()
+    proxy = w.proxy(server.port)
+    ping_after = 30.0 if suspect else PING_AFTER
+    pool = w.pool(
+        server.conninfo(port=proxy.port),
+        min_size=SIZE,
+        max_size=SIZE,
+        timeout=timeout,
+        ping_after=ping_after,
+        name="frozen",
+    )
+    await pool.open(wait=True)
+    await w.until(lambda: pool.stats().idle == SIZE, "all are idle")
+    if suspect:
+        await w.borrow(pool, "select pg_terminate_backend(pg_backend_pid())")
+        await w.until(lambda: pool.stats().idle == SIZE, "all are idle again")
+    else:
+        await w.pause(2 * PING_AFTER)
+    if stops:
+        server.pause()
+    elif silent:
+        proxy.silence(new=new)
+    else:
+        proxy.hold(new=new)
+    try:
+        tries = await w.crowd(SIZE, lambda _number: w.borrow(pool, "select 1")).all()
+    finally:
+        if stops:
+            server.resume()
+        proxy.release()
+    in_time = sum(each.took <= timeout + SLACK for each in tries)
+    longest = max(each.took for each in tries)
+    w.figure(
+        f"{what}: answered within {timeout:g} s",
+        f"{in_time} of {SIZE} ({longest:.2f} s)",
+        goal=f"{SIZE} of {SIZE}",
+        met=in_time == SIZE,
+        holds=longest < timeout + 10,
+    )
+    told = sum(isinstance(each.error, PenstockError) for each in tries)
+    served = sum(each.good for each in tries)
+    if new:
+        w.count(f"{what}: errors of the pool's", told, exactly=SIZE)
+    else:
+        w.figure(
+            f"{what}: served",
+            f"{served} of {SIZE}",
+            goal=f"{SIZE} of {SIZE}",
+            met=served == SIZE,
+            holds=served + told == SIZE,  # where the machine is slow the time may not be enough
+        )
+    for each in tries:
+        if each.error and not isinstance(each.error, PenstockError):
+            print(f"{what}: {each.error!r}")
+    await pool.close(timeout=1)
