@@ -159,3 +159,36 @@ def test_cancelled_and_timed_out_at_random_nothing_is_lost_and_nothing_is_wrong(
 
     run(main(), loop)
     gc.collect()
+
+
+@on_each_loop
+@pytest.mark.parametrize("options", [{}, {"transaction": True}])
+def test_a_statement_that_was_cut_off_is_ended_on_the_server_and_its_session_is_lent_again(
+    server: Server, loop: str, options: dict[str, Any]
+) -> None:
+    async def main() -> None:
+        async with pool_of(server, max_size=1) as pool:
+            async with pool.connection() as conn:
+                pid = conn.get_server_pid()
+            sleeping = (
+                f"select 1 from pg_stat_activity where pid = {pid} and query ~ '^select pg_sl'"
+            )
+            running = f"{sleeping} and wait_event = 'PgSleep'"
+
+            async def work() -> None:
+                async with pool.connection(**options) as conn:
+                    await conn.execute("select pg_sleep(30)")
+
+            for _ in range(3):
+                task = asyncio.ensure_future(work())
+                await comes_true(lambda: server.execute(running))
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                async with pool.connection() as conn:
+                    assert conn.get_server_pid() == pid
+                    assert await conn.fetchval("select 1") == 1
+                assert not server.execute(running)
+
+    run(main(), loop)
+    gc.collect()

@@ -12,12 +12,15 @@ No lock: everything happens on the connection's event loop.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from types import new_class
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from weakref import WeakSet
 
 import asyncpg
+
+from penstock._drivers.asyncpg_cancel import Target, ask_to_cancel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -225,6 +228,38 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
         self._penstock.touched.add("cancelled")
         super()._cancel_current_command(*args)
 
+    async def _cancel(self, sent: Any, answered: Any = None) -> None:
+        """In the place of asyncpg's: the connection may have been given back by the time it begins.
+
+        Args:
+            sent: a future, to be done when the request to cancel is.
+            answered: one that is done when the statement's reply has come; not before asyncpg 0.32.
+        """
+        try:
+            async with asyncio.timeout(self._config.command_timeout):
+                await ask_to_cancel(self._target())
+                _finish(sent)
+                if answered is not None:
+                    await asyncio.shield(answered)
+        except asyncio.CancelledError:
+            pass  # the session ends, or the loop; nobody waits for this task
+        except Exception:  # noqa: BLE001  whatever it was: what the session does is not known any more
+            self._penstock.protocol.abort()
+            self._cleanup()
+        finally:
+            self._cancellations.discard(asyncio.current_task())
+            _finish(sent)
+
+    def _target(self) -> Target:
+        params, protocol = self._params, self._penstock.protocol
+        return Target(
+            address=self._addr,
+            tls=None if params.sslmode.name == "allow" else params.ssl or None,
+            advisory=params.sslmode.name == "prefer",
+            pid=protocol.backend_pid,
+            secret=protocol.backend_secret,
+        )
+
     # --- while it is nobody's
 
     def _check_open(self) -> None:
@@ -258,6 +293,11 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
         if not self._is_parked():
             self._penstock.touched.add("ended")
             super()._cleanup()
+
+
+def _finish(future: Any) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 # The connections of one loop to one database, by the loop's id.
