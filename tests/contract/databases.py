@@ -151,7 +151,7 @@ class Real:
 
         self.conninfo = conninfo
         self.admin = psycopg.connect(conninfo, autocommit=True)
-        self.admin.execute("create table if not exists contract_writes (key text)")
+        self.admin.execute(_MAKE)
 
     def options(self):
         return {"conninfo": self.conninfo, "driver": self.driver}
@@ -198,6 +198,13 @@ class Real:
         return f"%/{pool.name}/{os.getpid()}"
 
 
+# gevent's process may be at it at the same time: "if not exists" alone is no lock.
+_MAKE = """
+begin;
+select pg_advisory_xact_lock(4712);
+create table if not exists contract_writes (key text);
+commit
+"""
 _OF_POOL = " from pg_stat_activity where application_name like %s and pid <> pg_backend_pid()"
 
 
