@@ -22,14 +22,13 @@ ROOT = Path(__file__).parent.parent / "src"
 FLOORS = (
     {"_machine"},
     {"_drivers", "config", "errors", "events", "clock", "hub", "greenlets", "result", "redacted"}
-    | {"secret"}
+    | {"secret", "fork"}
     | {"conninfo", "sections", "inifile", "tomlfile", "settings", "sources"},
     {
         "threads",
         "aio",
         "keeper",
         "watch",
-        "fork",
         "lease",
         "opening",
         "reports",

@@ -6,8 +6,9 @@ millisecond later. So one thread per process, started when first needed, waits f
 deadline. It sleeps until then: of calls that end in time it learns when it wakes anyway, so that
 they cost two microseconds and no change of threads.
 
-Under gevent the thread is a greenlet that keeps no hub from ending, and the call waits in psycopg2's
-wait callback: the same holds.
+Around a fork it ends for a moment, as the keeper's does, so that penstock makes no process multi-threaded
+when it forks; what it waits for is kept. Under gevent the thread is a greenlet that keeps no hub from
+ending, and the call waits in psycopg2's wait callback: the same holds.
 
 It must not know: what is being done. The lock of a `Bound` decides who is first, the end of the call or
 the deadline: once the block is left, the socket is not touched any more. It is held for one shutdown.
@@ -18,13 +19,14 @@ from __future__ import annotations
 import os
 import queue
 import sys
+import threading
 from collections import deque
 from contextlib import suppress
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
-from penstock import hub
+from penstock import fork, hub
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -89,11 +91,14 @@ class Bell:
         self._ways = hub.ways()
         self._lock = hub.Lock()
         self._new: deque[Bound] = deque()
+        self._waiting: list[Bound] = []  # the thread's own; here, so that the next one finds them
         self._wake = self._ways.inbox()
         # Until when it sleeps. Whoever adds a deadline publishes it, then looks here; the thread
         # writes this, then looks for new ones. Whichever comes second sees the other.
         self._sleeps_until = inf
         self._thread: hub.Runner | None = None
+        # Until when no thread starts, around a fork; it expires, in case the end was interrupted.
+        self._parked_until = 0.0
 
     def fits(self) -> bool:
         """Whether it is this process's, and the process runs on what it ran on then."""
@@ -102,26 +107,54 @@ class Bell:
     def watch(self, bound: Bound) -> None:
         """Ring it at its deadline."""
         self._new.append(bound)
-        if self._thread is None or not self._thread.is_alive():
+        if not self._runs():
             self._start()
         if bound.deadline < self._sleeps_until:
             self._wake.put(None)
+
+    def _runs(self) -> bool:
+        thread = self._thread
+        return thread is not None and thread.is_alive()
+
+    def park(self, seconds: float) -> None:
+        """Before a fork: end the thread for a moment."""
+        thread = self._thread
+        if thread is self._ways.current() or not isinstance(thread, threading.Thread):
+            return
+        self._parked_until = monotonic() + PARKED_SECONDS
+        self._wake.put(None)
+        if thread.ident is not None:  # a start can have been interrupted
+            fork.wait_gone(thread, seconds)
+
+    def unpark(self) -> None:
+        """After the fork, in the parent: go on if there is something to wait for."""
+        with self._lock:
+            self._parked_until = 0.0
+        if (self._waiting or self._new) and not self._runs():
+            self._start()
+
+    def _leaves(self) -> bool:
+        """Whether the thread is to end. Under the lock, so that unpark() knows."""
+        with self._lock:
+            parked = monotonic() < self._parked_until
+            if parked and self._thread is self._ways.current():
+                self._thread = None
+            return parked
 
     def _start(self) -> None:
         if sys.is_finalizing():  # whatever is started now never runs
             return
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():
+            if monotonic() >= self._parked_until and not self._runs():
                 thread = self._ways.runner(self._run, "penstock-psycopg2")
                 with suppress(RuntimeError):  # the interpreter is ending; then there is no bound
                     thread.start()
                 self._thread = thread
 
     def _run(self) -> None:
-        waiting: list[Bound] = []
         # In a forked child gevent runs the parent's greenlets on: this one must ring nothing there.
-        while self.pid == os.getpid():
-            waiting = self._rung(waiting)
+        while self.pid == os.getpid() and not self._leaves():
+            self._waiting = waiting = self._rung(self._waiting)
             self._sleeps_until = min((each.deadline for each in waiting), default=inf)
             if not self._new:
                 self._sleep()
@@ -145,6 +178,9 @@ class Bell:
 #: The longest sleep in seconds: longer times overflow a lock's.
 _LONGEST: Final = 1e6
 
+#: A fork takes milliseconds; after this long, in seconds, its end was not heard of.
+PARKED_SECONDS: Final = 1.0
+
 _current: Bell | None = None
 
 
@@ -152,5 +188,19 @@ def _bell() -> Bell:
     global _current
     bell = _current
     if bell is None or not bell.fits():
+        fork.on_before(_park)
+        fork.on_after_in_parent(_unpark)
         bell = _current = Bell()
     return bell
+
+
+def _park(seconds: float) -> None:
+    bell = _current
+    if bell is not None and bell.pid == os.getpid():  # an inherited one's lock may be held for ever
+        bell.park(seconds)
+
+
+def _unpark() -> None:
+    bell = _current
+    if bell is not None and bell.pid == os.getpid():
+        bell.unpark()
