@@ -389,9 +389,11 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
                 self._getconns.clear()  # nobody can give them back any more
                 self._bring_orphans_home()
             elif was_open:
+                await self._end_connects()
                 await self._wait_until_empty(FOREVER if timeout is None else timeout)
         finally:
-            await self._leave_loop()
+            if self._machine.phase is Phase.CLOSED:  # nobody has opened it again meanwhile
+                await self._leave_loop()
 
     def _refuse_other_loops(self) -> None:
         """Raise MisuseError on a loop that is not the pool's, while the pool's is there."""

@@ -64,6 +64,7 @@ class AsyncUpkeep:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0  # the loop's; read on the hot path
         self._tasks: set[asyncio.Task[None]] = set()
+        self._connects: set[asyncio.Task[None]] = set()  # those of them that open a connection
         self._timer: asyncio.TimerHandle | None = None
         self._ticks_at = 0.0  # by our clock, while there is a timer
         self._end: AsyncGenerator[None, None] | None = None
@@ -161,7 +162,7 @@ class AsyncUpkeep:
     def _carry_out_one(self, order: Order) -> None:
         match order:
             case Open(slot):
-                self._spawn(self._open_slot([slot]))
+                self._begin_to_open(slot)
             case Close():
                 self._close(order)
             case TickAt(when):
@@ -173,8 +174,8 @@ class AsyncUpkeep:
 
     def _spawn(
         self, work: Coroutine[Any, Any, None], undone: Callable[[], object] | None = None
-    ) -> bool:
-        """Run `work` in a task of its own; False, and it is dropped, but on the pool's own loop.
+    ) -> asyncio.Task[None] | None:
+        """Run `work` in a task of its own; None, and it is dropped, but on the pool's own loop.
 
         On another one, and when the pool was closed and has left its loop, nobody would see to the
         task when that loop ends.
@@ -185,14 +186,14 @@ class AsyncUpkeep:
         loop = self._loop
         if loop is None or self._ending or not _runs_here(loop):
             work.close()
-            return False
+            return None
         # An empty context: what a request keeps in context variables is not the pool's.
         task = contextvars.Context().run(loop.create_task, work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         if undone is not None:
             task.add_done_callback(lambda _task: undone())
-        return True
+        return task
 
     def _call_at(self, when: float) -> None:
         loop = self._loop
@@ -208,6 +209,20 @@ class AsyncUpkeep:
         self._timer = loop.call_later(seconds, _tick_if_alive, self._home)
 
     # -- opening ----------------------------------------------------------------------------------
+
+    def _begin_to_open(self, slot: Slot) -> None:
+        task = self._spawn(self._open_slot([slot]))
+        if task is not None:
+            self._connects.add(task)
+            task.add_done_callback(self._connects.discard)
+
+    async def _end_connects(self) -> None:
+        """The pool is closed: nobody wants what is being opened."""
+        connects = set(self._connects)
+        for task in connects:
+            task.cancel()
+        if connects:
+            await asyncio.wait(connects, timeout=loops.CANCELLED_SECONDS)
 
     async def _open_slot(self, place: list[Slot]) -> None:
         """In a task: open a connection for the slot in this place.

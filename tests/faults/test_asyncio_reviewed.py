@@ -21,6 +21,7 @@ import uvloop
 
 from penstock import (
     AsyncConnectionPool,
+    MisuseError,
     PenstockError,
     ServerUnavailable,
     aio,
@@ -137,12 +138,8 @@ def test_what_is_lent_beyond_close_ends_with_its_loop_in_silence(server, driver,
 
 
 def collect_elsewhere():
-    """The garbage collector, in a thread where another loop runs."""
-
-    async def collect():
-        gc.collect()
-
-    thread = threading.Thread(target=asyncio.run, args=(collect(),))
+    """The garbage collector, in another thread."""
+    thread = threading.Thread(target=gc.collect)
     thread.start()
     return thread
 
@@ -159,7 +156,7 @@ def no_gc():
 def test_a_task_that_is_destroyed_in_another_thread_gives_its_connection_back_at_home(
     unix_dsn, driver, run, no_gc
 ):
-    """It was brought back in the other thread: on its loop, or without waking the pool's."""
+    """It was brought back in the other thread, which did not wake the loop."""
     homes = []
 
     async def configure(conn):
@@ -257,6 +254,52 @@ def test_a_token_service_that_does_not_answer_keeps_no_connection_opening_for_ev
         await pool.close()
 
     asyncio.run(within(use()))
+
+
+# -- closing --------------------------------------------------------------------------------------
+
+
+def test_a_pool_that_is_opened_while_it_is_being_closed_stays_open_on_its_loop(
+    unix_dsn, driver, run
+):
+    """The close that had waited took the loop from it: what came back was nobody's to replace."""
+    pool = AsyncConnectionPool(unix_dsn, driver=driver, min_size=2, max_size=2)
+
+    async def use():
+        await pool.open(wait=True)
+        async with pool.connection():
+            closing = asyncio.create_task(pool.close())
+            await until(lambda: pool.closed)
+            await pool.open()
+        await closing
+        await until(lambda: pool.stats().idle == 2)
+        intruder = asyncio.to_thread(asyncio.run, pool.drain())
+        with pytest.raises(MisuseError, match="another event loop"):
+            await intruder
+        await pool.close()
+
+    run(use())
+
+
+def test_close_ends_the_connects_that_are_under_way(unix_dsn, driver, run, caplog):
+    """They went on, and a loop that was closed after the pool destroyed their tasks."""
+    configuring = asyncio.Event()
+
+    async def configure(conn):
+        configuring.set()
+        await asyncio.Event().wait()
+
+    pool = AsyncConnectionPool(unix_dsn, driver=driver, configure=configure)
+
+    async def use():
+        await pool.open()
+        await configuring.wait()
+        await pool.close()
+        assert pool.stats().size == 0
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run(use())
+    assert not caplog.text
 
 
 # -- dedicated connections ------------------------------------------------------------------------
