@@ -188,7 +188,8 @@ async def a_lease_overdue_is_told_once_with_its_place(w):
 
 @scenario
 async def unused_connections_are_closed_down_to_min_size(w):
-    pool = w.pool(min_size=1, max_size=4, max_idle=0.01)
+    # A pool that is in use when a connection's time comes looks again at overdue_after, at the latest.
+    pool = w.pool(min_size=1, max_size=4, max_idle=0.01, overdue_after=0.5)
     for borrower in [w.borrow(pool) for _ in range(4)]:
         await (await borrower.wait()).end()
     await w.until(lambda: pool.stats().size == 1)
@@ -197,14 +198,14 @@ async def unused_connections_are_closed_down_to_min_size(w):
 
 @scenario
 async def old_connections_are_replaced_while_idle(w):
-    pool = w.pool(min_size=1, max_lifetime=0.01)
+    pool = w.pool(min_size=1, max_lifetime=0.01, overdue_after=0.5)
     await pool.open(wait=True)
     await w.until(lambda: pool.stats().closed.get("retired", 0) >= 2)
 
 
 @scenario
 async def an_old_connection_is_not_taken_from_its_borrower(w):
-    pool = w.pool(min_size=0, max_size=1, max_lifetime=0.01)
+    pool = w.pool(min_size=0, max_size=1, max_lifetime=0.01, overdue_after=0.5)
     holder = await w.borrow(pool).wait()
     await w.runtime.pause(0.02)  # older than it may become
     assert await w.ask(holder.conn, "select 1") == [(1,)]
