@@ -1,4 +1,4 @@
-"""The session reset as SQL, for drivers that send text: what it clears, and what it sets back.
+"""The session reset as SQL: what it clears, and what it sets back.
 
 `DISCARD ALL` and `DEALLOCATE ALL` would throw away the statements that drivers prepared by protocol
 and still count on. This list does not, and one message with it is one implicit transaction and one
@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 #: What a session holds by its own SQL: rows of kind, name, value. pg_settings does not list custom
 #: settings (`app.tenant`), so what `configure` set of those is not seen. `transaction_...` are the
@@ -38,17 +38,36 @@ _CLEAR: Final = (
 )
 
 
-def reset_message(login: str, learned: Iterable[Sequence[str | None]] = ()) -> str:
+def literal(text: str) -> str:
+    """A text as SQL, whatever standard_conforming_strings is; the client's encoding must be UTF-8."""
+    escaped = text.replace("\\", "\\\\").replace("'", "''")
+    return f" E'{escaped}'" if "\\" in text else f"'{escaped}'"
+
+
+def identifier(name: str) -> str:
+    """A name as SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def reset_message(
+    login: str,
+    learned: Iterable[Sequence[str | None]] = (),
+    *,
+    literal: Callable[[str], str] = literal,
+    identifier: Callable[[str], str] = identifier,
+) -> str:
     """The message that brings a session back to the state that `learned` describes.
 
     Args:
         login: the name of the user who logged in.
         learned: the answer to `LEARN`; empty for a session that nobody configured.
+        literal: quotes a text, for drivers that know better than this file.
+        identifier: quotes a name.
     """
     found: dict[str, list[tuple[str, str]]] = {}
     for kind, name, value in learned:
         found.setdefault(kind or "", []).append((name or "", value or ""))
-    statements = [*_CLEAR, _deallocate(found.get("statement", []))]
+    statements = [*_CLEAR, _deallocate(found.get("statement", []), literal)]
     if settings := found.get("setting"):
         calls = (
             f"pg_catalog.set_config({literal(name)}, {literal(value)}, false)"
@@ -66,7 +85,7 @@ def reset_message(login: str, learned: Iterable[Sequence[str | None]] = ()) -> s
     return "; ".join(statements)
 
 
-def _deallocate(keep: list[tuple[str, str]]) -> str:
+def _deallocate(keep: list[tuple[str, str]], literal: Callable[[str], str]) -> str:
     # `from_sql` alone tells a borrower's PREPARE from what drivers prepare by protocol.
     # The body is quoted as a string, not by dollars: a name could hold the dollar tag.
     kept = "".join(f" and name <> {literal(name)}" for name, _ in keep)
@@ -76,14 +95,3 @@ def _deallocate(keep: list[tuple[str, str]]) -> str:
         " execute 'deallocate ' || pg_catalog.quote_ident(r.name); end loop; end"
     )
     return f"DO {literal(body)}"
-
-
-def literal(text: str) -> str:
-    """A text as SQL, whatever standard_conforming_strings is; the client's encoding must be UTF-8."""
-    escaped = text.replace("\\", "\\\\").replace("'", "''")
-    return f" E'{escaped}'" if "\\" in text else f"'{escaped}'"
-
-
-def identifier(name: str) -> str:
-    """A name as SQL."""
-    return '"' + name.replace('"', '""') + '"'
