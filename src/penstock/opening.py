@@ -164,13 +164,16 @@ class Opener:
             return Failure(
                 error, heals=False, sqlstate=None, text=str(error), next_step=_STEP_CONFIGURE
             )
-        # A bug stays one however often it is tried; the server may be of another mind later.
-        heals = isinstance(cause, (self._driver.operational_error, OSError))
+        # A bug stays one however often it is tried; the server may be of another mind later. asyncpg's
+        # errors of a server that goes have no class in common.
+        heals = isinstance(
+            cause, (self._driver.operational_error, OSError)
+        ) or self._driver.ends_session(cause, read_write=False)
         text = f"{error}: {one_line(cause)}"
         return Failure(
             cause,
             heals,
-            getattr(cause, "sqlstate", None),
+            getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None),
             text,
             next_step=None if heals else _STEP_CONFIGURE,
         )
