@@ -28,7 +28,7 @@ from penstock import fork, watch
 from penstock._drivers.protocol import Activity
 from penstock._machine.machine import Phase, Refusal, Verdict, Waiter
 from penstock._machine.policy import retry_delay
-from penstock._machine.slot import Slot, SlotState
+from penstock._machine.slot import Reason, Slot, SlotState
 from penstock.async_opening import called
 from penstock.async_upkeep import AsyncUpkeep
 from penstock.borrowing import (
@@ -271,6 +271,8 @@ class AsyncBorrowing(AsyncUpkeep):
             return None
         try:
             refusal = await self._call(check, link, deadline - clock(), "check=")
+            if refusal is None and link.activity() is not Activity.IDLE:
+                refusal = await self._end_check(link, max(LEAST_PING_SECONDS, deadline - clock()))
         except BaseException:
             link.park()
             self._return(slot, Verdict.UNCLEAN)
@@ -279,6 +281,12 @@ class AsyncBorrowing(AsyncUpkeep):
             link.park()
             self._return(slot, Verdict.UNCLEAN)
         return refusal
+
+    async def _end_check(self, link: Any, seconds: float) -> Exception | None:
+        """Roll back what `check` began: a borrower in its transaction could not set autocommit."""
+        clean = link.park() or await link.tidy(seconds)
+        link.lend()
+        return None if clean else self._too_late("what check= began could not be rolled back")
 
     async def _equip(
         self,
@@ -294,8 +302,9 @@ class AsyncBorrowing(AsyncUpkeep):
         on_borrow = self._config.on_borrow
         if on_borrow is None and not settings and not transaction:
             return
+        limit = asyncio.timeout(max(LEAST_PING_SECONDS, deadline - clock()))
         try:
-            async with asyncio.timeout(max(LEAST_PING_SECONDS, deadline - clock())) as limit:
+            async with limit:
                 if on_borrow is not None:
                     await called(on_borrow, link.conn)
                 if transaction:
@@ -381,7 +390,8 @@ class AsyncBorrowing(AsyncUpkeep):
         await asyncio.sleep(0)  # a loop may run a new task at once, in the middle of our caller
         verdict = Verdict.UNCLEAN
         try:
-            verdict = await self._verdict(place[0])
+            if place[0].condemned is None:
+                verdict = await self._verdict(place[0])
         finally:
             self._return(place.pop(), verdict)
 
@@ -399,7 +409,14 @@ class AsyncBorrowing(AsyncUpkeep):
 
     async def _commit(self, slot: Slot) -> Exception | None:
         link = slot.link
-        if link.activity() in {Activity.IDLE, Activity.ACTIVE}:
+        activity = link.activity()
+        if activity is Activity.ACTIVE:
+            _log.warning(
+                "pool %r: a block ended while a statement of it was under way, or was cut off by a "
+                "timeout that the block had caught: what it had not committed is rolled back",
+                self.name,
+            )
+        if activity in {Activity.IDLE, Activity.ACTIVE}:
             return None
         link.park()  # a plain lease has parked it already, a careful one has not
         link.lend()
@@ -426,7 +443,11 @@ class AsyncBorrowing(AsyncUpkeep):
         if clean and reset == "session":
             clean = slot.reset_pending = link.start_reset()
         elif clean and callable(reset):
-            clean = await self._call_reset(reset, link)
+            try:
+                clean = await self._call_reset(reset, link)
+            except BaseException:
+                slot.condemn(Reason.UNCLEAN)  # the user's code is not called a second time
+                raise
         if not clean and link.activity() is Activity.ACTIVE:
             _log.warning(
                 "pool %r: a connection was given back while a statement was under way: closed",

@@ -265,7 +265,18 @@ class Borrowing(Upkeep):
         if not watch.available() and link.hung_up():
             return self._too_late("the server ended the session")
         check = self._config.check
-        return None if check is None else self._call(check, link, deadline - clock(), "check=")
+        if check is None:
+            return None
+        refusal = self._call(check, link, deadline - clock(), "check=")
+        if refusal is None and link.activity() is not Activity.IDLE:
+            return self._end_check(link, max(LEAST_PING_SECONDS, deadline - clock()))
+        return refusal
+
+    def _end_check(self, link: Any, seconds: float) -> Exception | None:
+        """Roll back what `check` began: a borrower in its transaction could not set autocommit."""
+        clean = link.park() or link.tidy(seconds)
+        link.lend()
+        return None if clean else self._too_late("what check= began could not be rolled back")
 
     def _refuse(self, slot: Slot) -> None:
         """What did not pass is closed."""

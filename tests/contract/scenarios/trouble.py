@@ -118,6 +118,19 @@ async def every_borrow_can_be_prepared_by_on_borrow_and_refused_by_check(w):
 
 
 @scenario
+async def a_check_that_begins_a_transaction_leaves_the_borrower_out_of_it(w):
+    async def check(conn):
+        await w.ask(conn, "begin" if w.db.transaction else "select 1")
+
+    pool = w.pool(max_size=1, check=w.callable(check))
+    for _ in range(2):
+        assert (await pool.execute("select 2")).fetchall() == [(2,)]
+        async with pool.connection(autocommit=True) as conn:
+            await w.ask(conn, "select 3")
+    assert pool.stats().opened == 1
+
+
+@scenario
 async def on_borrow_that_raises_is_raised_and_the_connection_goes_back(w):
     def refuse(conn):
         raise ValueError("no")
