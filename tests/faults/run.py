@@ -26,7 +26,8 @@ def main():
     name, row, function, *flags = sys.argv[1:]
     stage = Stage(name, long="--long" in flags, seed=row)
     given = json.loads(sys.stdin.read() or "{}")
-    result = stage.play(getattr(load()[row], function), **given)
+    plainly = function == "worker" and stage.runtime.asynchronous
+    result = stage.play(getattr(load()[row], function), plainly=plainly, **given)
     told = [asdict(figure) for figure in stage.figures] if function == "play" else result
     print(json.dumps(told), flush=True)
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 
 #: Seconds that anything may take that has to happen: the price of a failure.
-PATIENCE = 90.0
+PATIENCE = 60.0
 
 now = time.monotonic
 
@@ -114,8 +114,12 @@ class Stage:
         self._closing = ExitStack()
         self._pools: list[Any] = []
 
-    def play(self, row: Callable[..., Any], **given: Any) -> Any:
-        """Run a row's coroutine function to its end, and end what it left."""
+    def play(self, row: Callable[..., Any], *, plainly: bool = False, **given: Any) -> Any:
+        """Run a row's coroutine function to its end, and end what it left.
+
+        Args:
+            plainly: as a program does, by `asyncio.run` alone: what goes on in the loop is not waited for.
+        """
 
         async def whole():
             try:
@@ -125,7 +129,7 @@ class Stage:
                     await pool.close(timeout=1.0)
 
         with self._closing:
-            return self.runtime.run(whole())
+            return asyncio.run(whole()) if plainly else self.runtime.run(whole())
 
     # -- the world ---------------------------------------------------------------------------------
 

@@ -122,8 +122,8 @@ def main():
             if name in unfit:
                 console.print(f"  {name}: {unfit[name]}")
         console.print()
-    if asked.markdown:
-        asked.markdown.write_text(as_markdown(found, names), encoding="utf-8")
+        if asked.markdown:
+            asked.markdown.write_text(as_markdown(found, names), encoding="utf-8")
     holds = all(each["holds"] for row in found.values() for own in row.values() for each in own)
     sys.exit(0 if holds else 1)
 

@@ -7,7 +7,9 @@ everybody has an answer within his timeout: a good connection where new ones wor
 
 from __future__ import annotations
 
-from penstock import PenstockError
+from tests.faults.stage import now
+
+from penstock import ConfigError, PenstockError
 
 TITLE = "frozen host, 16 borrowers with 16 idle connections"
 SIZE = 16
@@ -26,6 +28,7 @@ async def play(w):
     await frozen(w, "SIGSTOP", timeout, new=True, stops=True)
     await frozen(w, "suspect pool, new ones work", timeout, new=False, suspect=True)
     await frozen(w, "suspect pool, SIGSTOP", timeout, new=True, stops=True, suspect=True)
+    await just_used(w)
 
 
 async def frozen(w, what, timeout, *, new, silent=False, stops=False, suspect=False):
@@ -34,17 +37,16 @@ async def frozen(w, what, timeout, *, new, silent=False, stops=False, suspect=Fa
     ping_after = 30.0 if suspect else PING_AFTER
     pool = w.pool(
         server.conninfo(port=proxy.port),
-        min_size=SIZE,
         max_size=SIZE,
         timeout=timeout,
         ping_after=ping_after,
         name="frozen",
     )
-    await pool.open(wait=True)
-    await w.until(lambda: pool.stats().idle == SIZE, "all are idle")
+    await all_open(w, pool)
     if suspect:
+        # One that is opened afterwards would be above suspicion: there is none, it is above min_size.
         await w.borrow(pool, "select pg_terminate_backend(pg_backend_pid())")
-        await w.until(lambda: pool.stats().idle == SIZE, "all are idle again")
+        await w.until(lambda: pool.stats().size == SIZE - 1, "one is gone")
     else:
         await w.pause(2 * PING_AFTER)
     if stops:
@@ -84,3 +86,39 @@ async def frozen(w, what, timeout, *, new, silent=False, stops=False, suspect=Fa
         if each.error and not isinstance(each.error, PenstockError):
             print(f"{what}: {each.error!r}")
     await pool.close(timeout=1)
+
+
+async def all_open(w, pool):
+    """Sixteen idle connections, of which all but one are above min_size."""
+    inside = []
+    may_end = w.runtime.event()
+
+    async def hold(number):
+        async with pool.connection():
+            inside.append(number)
+            if len(inside) == SIZE:
+                may_end.set()
+            await w.runtime.wait_for(may_end)
+
+    await w.crowd(SIZE, hold).all()
+    await w.until(lambda: pool.stats().idle == SIZE, "all are idle")
+
+
+async def just_used(w):
+    """Lent a moment ago: no ping, and the first statement ends only where the user bounds it."""
+    what = "used a moment ago, statement_timeout_client=1: the statement ends after"
+    proxy = w.proxy(w.server().port)
+    conninfo = w.server().conninfo(port=proxy.port)
+    try:
+        pool = w.pool(conninfo, max_size=2, name="used", statement_timeout_client=1.0)
+    except (ConfigError, TypeError):
+        w.figure(what, "not built", goal="<= 1.25 s", met=False, holds=True)
+        return
+    await w.borrow(pool, "select 1")
+    proxy.hold(new=False)
+    began = now()
+    await w.borrow(pool, "select 1")
+    w.seconds(what, now() - began, at_most=1.25)
+    this = await w.borrow(pool, "select 1")
+    w.count("used a moment ago: errors of the next", int(not this.good), exactly=0)
+    proxy.release()
