@@ -19,10 +19,13 @@ from tests.drivers.async_links import (
 from tests.drivers.asyncpg_links import SECONDS, comes_true, one, opened, sockets
 
 from penstock._drivers.asyncpg import driver
+from penstock._drivers.asyncpg_cancel import ask_to_cancel
 from penstock._drivers.protocol import Activity, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from tests.wire import WireProxy
 
     from penstock._drivers.asyncpg_link import AsyncpgLink
     from penstock.launcher import Server
@@ -271,3 +274,85 @@ def test_a_failed_commit_whose_borrower_is_gone_makes_no_noise(
     gc.collect()
     assert not caplog.records
     table.execute("drop table late")
+
+
+# --- the request to cancel
+
+
+async def cut_off_at_once(link: Link, running: Server) -> None:
+    """Cancel a statement that the server has begun, and park before the loop has another turn."""
+    asleep = f"pid = {link.conn.get_server_pid()} and wait_event = 'PgSleep'"
+
+    async def work() -> None:
+        try:
+            await link.conn.execute("select pg_sleep(60)")
+        finally:
+            link.park()
+
+    task = asyncio.ensure_future(work())
+    await comes_true(lambda: running.execute(f"select 1 from pg_stat_activity where {asleep}"))
+    task.cancel()
+    await asyncio.wait({task})
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    ("over", "mode"),
+    [("unix", None), ("tcp", "prefer"), ("tls", None), ("tls", "prefer"), ("tls", "allow")],
+)
+def test_a_request_to_cancel_reaches_the_server_as_its_connection_did(
+    request: pytest.FixtureRequest, over: str, mode: str | None, loop: str
+) -> None:
+    running: Server = request.getfixturevalue("tls_server" if over == "tls" else "server")
+    words = {} if mode is None else {"sslmode": mode}
+    if mode is not None:
+        over = "tcp"
+
+    async def main() -> None:
+        async with opened(running.conninfo(over=over, **words)) as link:  # type: ignore[arg-type]
+            await cut_off_at_once(link, running)
+            assert await link.tidy(SECONDS)
+            assert link.park()
+            link.lend()
+            assert await one(link, "select 1") == 1
+
+    run(main(), loop)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_request_to_cancel_that_fails_ends_the_session_and_tells(
+    server: Server, proxy: WireProxy, loop: str
+) -> None:
+    async def main() -> None:
+        told: list[str] = []
+        async with opened(server.conninfo(port=proxy.port)) as link:
+            link.on_end(lambda: told.append("end"))
+            proxy.refuse()
+            await cut_off_at_once(link, server)
+            assert not await link.tidy(None)
+            assert link.activity() is Activity.BROKEN and told == ["end"]
+
+    run(main(), loop)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("over", ["unix", "tls"])
+def test_a_request_to_cancel_that_is_cancelled_anywhere_leaves_nothing(
+    request: pytest.FixtureRequest, over: str, loop: str
+) -> None:
+    running: Server = request.getfixturevalue("tls_server" if over == "tls" else "server")
+
+    async def main() -> None:
+        async with opened(running.conninfo(over=over)) as link:  # type: ignore[arg-type]
+            before, waiting = sockets(), registered()
+            target = link.conn._target()
+            points = await suspensions_of(ask_to_cancel(target))
+            assert 2 <= points < POINTS
+            for nth in range(1, points + 1):
+                for late in (False, True):
+                    await was_cancelled(ask_to_cancel(target), nth, late=late)
+                    await comes_true(lambda: sockets() == before and registered() == waiting)
+                    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run(main(), loop)
+    gc.collect()
