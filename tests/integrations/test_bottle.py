@@ -49,8 +49,8 @@ def outside(notes: str) -> Iterator[psycopg.Connection]:
 class Served:
     """An answer as a WSGI server sees it: chunks to be asked for, and closed."""
 
-    def __init__(self, app: Any, method: str = "GET", path: str = "/") -> None:
-        environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.errors": io.StringIO()}
+    def __init__(self, app: Any, method: str = "GET", path: str = "/", **environ: Any) -> None:
+        environ |= {"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.errors": io.StringIO()}
         environ["SERVER_PROTOCOL"] = "HTTP/1.1"
         setup_testing_defaults(environ)
         self.text = ""
@@ -557,10 +557,11 @@ def test_psycopg2s_connections_are_lent_committed_and_kept_for_streams_as_well(s
     assert len(shop.warnings()) == 1
 
 
-def test_a_file_needs_no_connection(shop, tmp_path):
+@pytest.mark.parametrize("headers", [{}, {"HTTP_RANGE": "bytes=1-"}])
+def test_a_file_or_a_part_of_it_needs_no_connection(headers, shop, tmp_path):
     (tmp_path / "big.txt").write_text("big")
     shop.app.get("/", callback=lambda db: bottle.static_file("big.txt", str(tmp_path)))
-    served = Served(shop.app)
+    served = Served(shop.app, **headers)
     assert shop.all_are_back()
     served.close()
 

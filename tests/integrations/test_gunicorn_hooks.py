@@ -19,7 +19,7 @@ from gunicorn.config import Config
 from gunicorn.util import get_arity, load_class
 from tests.forks import Child, until
 
-from penstock import ConnectionPool, pools
+from penstock import ConnectionPool, hub, pools
 from penstock.aio import AsyncConnectionPool
 from penstock.integrations import gunicorn as hooks
 from penstock.integrations import gunicorn_limits, gunicorn_traps
@@ -172,6 +172,13 @@ def test_a_gevent_worker_whose_waits_stop_all_greenlets_is_a_trap(
     first, *lines = done.stdout.splitlines()
     assert first == f"on gevent: pool 'shop' ({driver}, at most 10)"
     assert [told in line for line in lines] == [True] if told else lines == []
+
+
+def test_a_worker_whose_pools_are_made_later_is_told_that_none_is_there_yet(monkeypatch):
+    pytest.importorskip("psycopg2.extensions", reason="psycopg2 is not installed")
+    monkeypatch.setattr(hub, "has_green_waits", lambda: True)
+    (told,) = gunicorn_traps.traps(worker_of("gevent"), [])
+    assert "no wait callback yet (no pool is made" in told
 
 
 # -- too many connections -------------------------------------------------------------------------------

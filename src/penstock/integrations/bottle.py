@@ -14,6 +14,7 @@ import inspect
 import logging
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar
 
+import bottle
 from bottle import HTTPError, HTTPResponse, request, response
 
 from penstock.errors import MisuseError, PoolTimeout, ServerUnavailable, TooManyRequests
@@ -33,6 +34,8 @@ MODES: Final = ("request", "explicit", "autocommit")
 _OPTIONS: Final = ("keyword", "transactions")
 _BY_KEYWORD: Final = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _KEY: Final = "bottle"  # of the one database that a plugin's loans are about
+# What `static_file` answers a Range header with is a generator; this is its code, where Bottle has it.
+_PART_OF_FILE: Final = getattr(getattr(bottle, "_rangeiter", None), "__code__", None)
 
 
 class RouteOptions(NamedTuple):
@@ -370,7 +373,14 @@ def _goes_on(body: Any) -> bool:
     """Whether Bottle will ask it for chunk after chunk. A file needs no connection for that."""
     if not body or isinstance(body, (str, bytes, dict, list, tuple, HTTPResponse)):
         return False
-    return hasattr(body, "__iter__") and not hasattr(body, "read")
+    if hasattr(body, "read") or _is_part_of_file(body):
+        return False
+    return hasattr(body, "__iter__")
+
+
+def _is_part_of_file(body: Any) -> bool:
+    code = getattr(getattr(body, "iterator", None), "gi_code", None)
+    return code is not None and code is _PART_OF_FILE
 
 
 def _takes(view: Any, keyword: str) -> bool:

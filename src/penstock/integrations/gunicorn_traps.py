@@ -159,8 +159,9 @@ def _blocks_the_hub(made: list[Pool]) -> Iterator[str]:
     if "psycopg2" in sys.modules and "psycopg2" not in drivers:
         extensions: Any = sys.modules.get("psycopg2.extensions")
         if extensions is not None and extensions.get_wait_callback() is None:
+            yet = "" if made else " yet (no pool is made that would set one)"
             yield (
-                "psycopg2 was imported and has no wait callback: each of its statements will stop all "
-                'greenlets of this gevent worker. Next step: ConnectionPool(..., driver="psycopg2"), '
+                f"psycopg2 was imported and has no wait callback{yet}: each of its statements will stop "
+                'all greenlets of this gevent worker. Next step: ConnectionPool(..., driver="psycopg2"), '
                 "which sets one, or psycogreen's patch_psycopg()"
             )
