@@ -45,6 +45,11 @@ def is_hub() -> bool:
     return isinstance(getcurrent(), gevent.hub.Hub)
 
 
+def drop_hub() -> None:
+    """At the end of a thread: close the two descriptors of its hub; gevent keeps them for ever."""
+    gevent.get_hub().destroy(destroy_loop=True)
+
+
 def home() -> Any:
     """The hub of the main thread; the calling thread's where the main thread has none."""
     mine = gevent.get_hub()
@@ -103,10 +108,10 @@ def _queue_in(hub: Any) -> Any:
     if mine is hub:
         return _Queue()
     try:
-        gevent.hub.set_hub(hub)
+        gevent.hub.set_hub(hub)  # pyright: ignore[reportAttributeAccessIssue]  from C
         return _Queue()
     finally:
-        gevent.hub.set_hub(mine)
+        gevent.hub.set_hub(mine)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Greenlets:
@@ -154,7 +159,8 @@ class GreenRunner:
 
     def _begin(self) -> None:
         # In the hub, which so becomes its parent.
-        self._greenlet = made = greenlet(self._run)
+        made: Any = greenlet(self._run)
+        self._greenlet = made
         made.runner = self
         made.switch()
 

@@ -82,7 +82,10 @@ class _Thread(threading.Thread):
     def run(self) -> None:
         """Run the target."""
         _here.runner = self
-        super().run()
+        try:
+            super().run()
+        finally:
+            _drop_hub()
 
 
 class Threads:
@@ -126,6 +129,14 @@ def _patched(module: str) -> bool:
     return monkey is not None and bool(monkey.is_module_patched(module))
 
 
+def _drop_hub() -> None:
+    """At the end of a thread, where waits are gevent's and threads are not: it had a hub of its own."""
+    if has_green_waits() and not is_green():
+        from penstock import greenlets  # noqa: PLC0415  gevent is there, so it may be imported
+
+        greenlets.drop_hub()
+
+
 def when_patched(call: Callable[[], object]) -> None:
     """Call `call` when gevent patches later on; known only where gevent was imported by now.
 
@@ -158,7 +169,8 @@ def original(module: str, name: str) -> Any:
 
 def gate() -> Gate:
     """What the calling thread or greenlet can sleep at."""
-    if is_green():
+    # Also where threads are threads: the connection may be another greenlet's of the same thread.
+    if is_green() or has_green_waits():
         from penstock import greenlets  # noqa: PLC0415  gevent is there, so it may be imported
 
         return greenlets.Gate()
@@ -190,7 +202,7 @@ def listen(fd: int, call: Callable[[], object]) -> Any:
 
 def is_running_callbacks() -> bool:
     """Whether the caller is gevent's hub itself, which cannot wait for anything."""
-    if not is_green():
+    if not (is_green() or has_green_waits()):
         return False
     from penstock import greenlets  # noqa: PLC0415  as above
 
