@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
-from tests.drivers.async_links import LOOPS, run
+from tests.drivers.async_links import LOOPS, CancelledAt, run
 from tests.drivers.asyncpg_links import GIVEN_BACK, comes_true
 
 from penstock import AsyncConnectionPool, MisuseError, PoolClosed, PoolTimeout, ServerUnavailable
@@ -189,6 +189,44 @@ def test_a_statement_that_was_cut_off_is_ended_on_the_server_and_its_session_is_
                     assert conn.get_server_pid() == pid
                     assert await conn.fetchval("select 1") == 1
                 assert not server.execute(running)
+
+    run(main(), loop)
+    gc.collect()
+
+
+@on_each_loop
+@pytest.mark.parametrize("into", [False, True])
+def test_a_copy_that_was_cut_off_anywhere_reaches_nobody(
+    table: Server, loop: str, into: bool
+) -> None:
+    async def slowly(_: bytes) -> None:
+        await asyncio.sleep(0)
+
+    async def rows() -> Any:
+        for number in range(2000):
+            await asyncio.sleep(0)
+            yield (number,)
+
+    async def copy(conn: Any) -> None:
+        if into:
+            await conn.copy_records_to_table("bought", records=rows(), columns=["a"])
+        else:
+            query = "select repeat('x', 1000) from generate_series(1, 2000)"
+            await conn.copy_from_query(query, output=slowly)
+
+    async def main() -> None:
+        async with pool_of(table, max_size=1) as pool:
+
+            async def work(nth: int, late: bool) -> None:
+                async with pool.connection() as conn:
+                    await CancelledAt(copy(conn), nth, late=late)
+
+            for nth in range(1, 12):
+                for late in (False, True):
+                    task = asyncio.ensure_future(work(nth, late))
+                    await asyncio.wait({task})
+                    async with pool.connection() as conn:
+                        assert await conn.fetchval("select 41 + 1") == 42, (nth, late)
 
     run(main(), loop)
     gc.collect()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import contextmanager
 from types import new_class
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from weakref import WeakSet
@@ -23,7 +24,7 @@ import asyncpg
 from penstock._drivers.asyncpg_cancel import Target, ask_to_cancel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 GIVEN_BACK: Final = "this connection was given back to its pool; borrow another"
 INHERITED_SESSION: Final = (
@@ -201,6 +202,31 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
             # each time until the statement leaves its cache.
             self._mark_stmts_as_closed()
         return status
+
+    async def _copy_out(self, *args: Any) -> Any:
+        with self._watched_copy():
+            return await super()._copy_out(*args)
+
+    async def _copy_in(self, *args: Any) -> Any:
+        with self._watched_copy():
+            return await super()._copy_in(*args)
+
+    async def copy_records_to_table(self, table_name: Any, **how: Any) -> Any:
+        """Copy rows into a table, as in asyncpg."""
+        with self._watched_copy():
+            return await super().copy_records_to_table(table_name, **how)
+
+    @contextmanager
+    def _watched_copy(self) -> Iterator[None]:
+        # Cancelled when the server's answer has just come, asyncpg leaves the COPY where it is and
+        # takes the session for idle.
+        try:
+            yield
+        except (asyncpg.PostgresError, asyncpg.InterfaceError):
+            raise
+        except BaseException:
+            self._penstock.touched.add("copy")
+            raise
 
     async def close(self, *, timeout: Any = None) -> None:
         """End the session, as in asyncpg."""

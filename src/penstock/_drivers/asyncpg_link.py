@@ -129,7 +129,7 @@ class AsyncpgLink:
 
     def _settle(self) -> bool:
         references = getrefcount(self.protocol)
-        if self.activity() is not Activity.IDLE:
+        if self.activity() is not Activity.IDLE or "copy" in self.touched:
             return False
         if not self._references or references < self._references:
             self._references = references
@@ -317,6 +317,8 @@ class AsyncpgLink:
         statements = ["ROLLBACK"] if protocol.is_in_transaction() else []
         statements += [f"UNLISTEN {_name(channel)}" for channel in unwanted]
         statements += [f"LISTEN {_name(channel)}" for channel in wanted]
+        if "copy" in self.touched and not statements:
+            statements.append("select 1")  # asyncpg raises if it is in the midst of something
         if statements:
             await protocol.query("; ".join(statements), seconds_to(deadline))
         if self._watch.recoded:
