@@ -20,6 +20,7 @@ ROWS = (
     "killed_worker",
     "crowded_server",
     "failover",
+    "things_move",
     "borrowers_misbehave",
     "closing",
 )
