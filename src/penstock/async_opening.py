@@ -86,8 +86,9 @@ class AsyncOpener:
 
     async def _recipe_within(self, seconds: float) -> Recipe:
         """The recipe; a token service that never answers must not keep a connection opening for ever."""
+        limit = asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(seconds) as limit:
+            async with limit:
                 return await self._called_recipe()
         except TimeoutError:
             if not limit.expired():
@@ -104,8 +105,9 @@ class AsyncOpener:
             raise RecipeError("conninfo= or kwargs= raised") from error
 
     async def _configure_within(self, link: Any, seconds: float) -> None:
+        limit = asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(seconds) as limit:
+            async with limit:
                 await self._configure(link)
         except TimeoutError:
             if not limit.expired():

@@ -253,10 +253,9 @@ class AsyncUpkeep:
         try:
             failure = await self._explain(error)
         except BaseException:
-            failure = self._opener.explain_at_once(error)
+            self._note_failure(place.pop(), self._opener.explain_at_once(error))
             raise
-        finally:
-            self._note_failure(place.pop(), failure)
+        self._note_failure(place.pop(), failure)
 
     async def _explain(self, error: BaseException) -> Failure:
         if isinstance(error, asyncio.CancelledError):

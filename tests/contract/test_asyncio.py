@@ -7,6 +7,7 @@ as it is told. Endings of processes are in tests/faults/test_async_endings.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import signal
 import threading
@@ -441,4 +442,27 @@ def test_an_interrupt_that_leaves_the_loop_and_a_loop_that_goes_on(pool, fake):
         loop.run_until_complete(check())
     loop.run_until_complete(pool.close())
     loop.close()
+    assert not fake.sessions
+
+
+def test_a_reset_that_is_struck_is_not_called_a_second_time(fake):
+    calls = []
+
+    async def reset(_conn):
+        calls.append("reset")
+        raise SystemExit
+
+    async def scenario():
+        pool = AsyncConnectionPool(driver=AsyncFakeDriver(fake), max_size=1, reset=reset)
+        for number in (1, 2):
+            with contextlib.suppress(SystemExit):
+                async with pool.connection() as conn:
+                    await conn.execute("select 1")
+            for _ in range(20):  # whatever the pool's own tasks would do about it
+                await asyncio.sleep(0)
+            assert len(calls) == number
+        assert pool.stats().in_use == 0
+        await pool.close()
+
+    asyncio.run(scenario())
     assert not fake.sessions

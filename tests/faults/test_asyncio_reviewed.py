@@ -7,6 +7,7 @@ what races is brought to its window, and awaited.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import threading
@@ -315,3 +316,17 @@ def test_a_dedicated_connection_that_cannot_be_as_asked_is_closed(server):
         await gone(server, "not-as-asked")
 
     asyncio.run(within(use()))
+
+
+def test_a_block_that_ends_well_after_a_timeout_it_caught_is_told_of_its_rollback(server, caplog):
+    async def scenario():
+        async with AsyncConnectionPool(server.conninfo(over="unix")) as pool:
+            async with pool.connection() as conn:
+                await conn.execute("create table not_committed (n int)")
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.05):
+                        await conn.execute("select pg_sleep(30)")
+            return (await pool.execute("select to_regclass('not_committed')")).fetchone()
+
+    assert asyncio.run(scenario()) == (None,)
+    assert any("is rolled back" in record.message for record in caplog.records)

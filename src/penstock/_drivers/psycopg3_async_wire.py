@@ -145,6 +145,7 @@ async def _request_cancel(handle: PGconn, deadline: float) -> bool:
 
 
 async def _delivered(asking: PGcancelConn, deadline: float) -> bool:
+    status: int = PollingStatus.WRITING
     wanted = WRITE  # as with a connect: "behave as if the last poll said: waiting to write"
     while wanted:
         if not await wait(asking.socket, wanted, deadline):
