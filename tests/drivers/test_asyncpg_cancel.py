@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import asyncpg
@@ -60,9 +62,18 @@ async def insert_by_hand(link: Link) -> None:
 async def insert_cut_off(link: Link) -> None:
     task = asyncio.ensure_future(link.conn.execute("insert into apg select 1 from pg_sleep(60)"))
     await comes_true(link._is_busy)
+    # A request to cancel that overtakes its statement finds nothing to cancel.
+    await comes_true(lambda: _has_begun(link.conn.get_server_pid()))
     task.cancel()
     await asyncio.wait({task})
     link.park()
+
+
+def _has_begun(pid: int) -> bool:
+    """Whether the backend has begun its statement, by the title of its process."""
+    with suppress(OSError):
+        return b" INSERT" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return True
 
 
 async def prepared(link: Link) -> None:
