@@ -10,6 +10,9 @@ that cannot be used is `asyncpg.PostgresConnectionError` (SQLSTATE class 08), wh
 there is no connection in time, so `PoolTimeout` is one of those, too.
 """
 
+# asyncpg is annotated, but not as a typed package: what is read off its code is not its promise.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import asyncio

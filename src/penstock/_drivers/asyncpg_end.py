@@ -3,6 +3,9 @@
 It must not know: links, settings, pools. No lock: whoever calls is the only one who ends this session.
 """
 
+# asyncpg is annotated, but not as a typed package: what is read off its code is not its promise.
+# pyright: reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import asyncio

@@ -10,6 +10,9 @@ Private names of asyncpg that this relies on are each held by tests/drivers/test
 No lock: everything happens on the connection's event loop.
 """
 
+# asyncpg is annotated, but not as a typed package: what is read off its code is not its promise.
+# pyright: reportOptionalMemberAccess=false, reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 import asyncio
