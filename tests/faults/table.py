@@ -72,8 +72,10 @@ def as_rich(title, figures):
 
 def lines(figures):
     """The figures' names and goals, each once, in the order told."""
-    told = (each for own in figures.values() for each in own)
-    return list({each["name"]: (each["name"], each["goal"]) for each in told}.values())
+    goals: dict[str, str] = {}
+    for each in (each for own in figures.values() for each in own):
+        goals.setdefault(each["name"], each["goal"])
+    return list(goals.items())
 
 
 def cell(own, figure):

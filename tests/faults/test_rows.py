@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from tests.conftest import SEED
 from tests.faults.rows import ROWS, TESTED, load
-from tests.faults.stage import COMBINATIONS, Stage
+from tests.faults.stage import ROOT, Stage
 from tests.faults.table import as_markdown, lines
 
 
@@ -38,7 +38,7 @@ def test_a_table_shows_goals_misses_failures_and_what_was_not_measured():
     assert table[2] == f"| {load()[ROWS[0]].TITLE} | errors | 0 | 0 | miss 1 | FAIL 2 | - |"
 
 
-def test_every_row_is_told_of_in_the_docs():
-    assert set(TESTED) < set(ROWS) == set(load())
-    assert len({row.TITLE for row in load().values()}) == len(ROWS)
-    assert "asyncio-asyncpg" in COMBINATIONS
+def test_the_docs_show_every_row():
+    page = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    assert set(TESTED) < set(ROWS)
+    assert [row for row, module in load().items() if f"| {module.TITLE} |" not in page] == []

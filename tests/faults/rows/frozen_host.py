@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from tests.faults.stage import now
 
-from penstock import ConfigError, PenstockError
+from penstock import ConfigError, PenstockError, ServerUnavailable
 
 TITLE = "frozen host, 16 borrowers with 16 idle connections"
 SIZE = 16
@@ -74,6 +74,14 @@ async def frozen(w, what, timeout, *, new, silent=False, stops=False, suspect=Fa
     served = sum(each.good for each in tries)
     if new:
         w.count(f"{what}: errors of the pool's", told, exactly=SIZE)
+        says = sum(isinstance(each.error, ServerUnavailable) for each in tries)
+        w.figure(
+            f"{what}: say that the server is silent",
+            f"{says} of {SIZE}",
+            goal=f"{SIZE} of {SIZE}",
+            met=says == SIZE,
+            holds=True,  # "16 being opened" is what is said so far
+        )
     else:
         w.figure(
             f"{what}: served",
