@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-    from types import FrameType
+    from types import FrameType, ModuleType
 
 Lock: Final = RLock
 
@@ -132,9 +132,25 @@ def _patched(module: str) -> bool:
 def _drop_hub() -> None:
     """At the end of a thread, where waits are gevent's and threads are not: it had a hub of its own."""
     if has_green_waits() and not is_green():
-        from penstock import greenlets  # noqa: PLC0415  gevent is there, so it may be imported
+        _greenlets().drop_hub()
 
-        greenlets.drop_hub()
+
+_found: list[ModuleType] = []
+_finding = Lock()
+
+
+def _greenlets() -> Any:
+    """Give gevent's half; gevent is there, so it may be imported.
+
+    By one thread at a time: two that meet at the import system's lock, which is gevent's by now, would
+    wait in hubs that have nothing else to wait for, and such a hub ends (LoopExit).
+    """
+    if not _found:
+        with _finding:
+            from penstock import greenlets  # noqa: PLC0415
+
+            _found.append(greenlets)
+    return _found[0]
 
 
 def when_patched(call: Callable[[], object]) -> None:
@@ -171,9 +187,8 @@ def gate() -> Gate:
     """What the calling thread or greenlet can sleep at."""
     # Also where threads are threads: the connection may be another greenlet's of the same thread.
     if is_green() or has_green_waits():
-        from penstock import greenlets  # noqa: PLC0415  gevent is there, so it may be imported
-
-        return greenlets.Gate()
+        green: Gate = _greenlets().Gate()
+        return green
     return _native_gate()
 
 
@@ -185,9 +200,8 @@ def _native_gate() -> Gate:
 def ways() -> Ways:
     """How this process works in the background, as of now."""
     if is_green():
-        from penstock import greenlets  # noqa: PLC0415  as above
-
-        return greenlets.Greenlets()
+        green: Ways = _greenlets().Greenlets()
+        return green
     return Threads()
 
 
@@ -195,18 +209,14 @@ def listen(fd: int, call: Callable[[], object]) -> Any:
     """On gevent: have the hub call `call` while `fd` is readable; None on threads."""
     if not is_green():
         return None
-    from penstock import greenlets  # noqa: PLC0415  as above
-
-    return greenlets.Listener(fd, call)
+    return _greenlets().Listener(fd, call)
 
 
 def is_running_callbacks() -> bool:
     """Whether the caller is gevent's hub itself, which cannot wait for anything."""
     if not (is_green() or has_green_waits()):
         return False
-    from penstock import greenlets  # noqa: PLC0415  as above
-
-    return greenlets.is_hub()
+    return bool(_greenlets().is_hub())
 
 
 def whereabouts(idents: Iterable[int]) -> tuple[Mapping[int, FrameType] | None, Mapping[int, str]]:
@@ -216,9 +226,8 @@ def whereabouts(idents: Iterable[int]) -> tuple[Mapping[int, FrameType] | None, 
     """
     if not is_green():
         return None, {}
-    from penstock import greenlets  # noqa: PLC0415  as above
-
-    return greenlets.whereabouts(set(idents))
+    frames, names = _greenlets().whereabouts(set(idents))
+    return frames, names
 
 
 def rest(place: Gate, seconds: float) -> None:
