@@ -328,6 +328,7 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         self._refuse_other_loops()
         if self._machine.phase is Phase.CLOSED:
             raise self._reporter.closed()
+        self._join_loop()  # whose end it does not outlive
         began = clock()
         try:
             return await opened_aside(self._opener.open(min(seconds, CONNECT_SECONDS)))

@@ -113,10 +113,9 @@ class AsyncBorrowing(AsyncUpkeep):
     def _loop_to_borrow_on(self) -> asyncio.AbstractEventLoop:
         """The running loop, if it is the pool's; the first borrow of all opens the pool on it."""
         if self._loop is not None:
-            return self._join_loop()
-        if self._machine.phase is Phase.CLOSED or not (
-            self._config.open or self._machine.phase is Phase.OPEN
-        ):
+            self._join_loop()  # or says why not: a loop that has ended has closed the pool, too
+        phase = self._machine.phase
+        if phase is Phase.CLOSED or (phase is Phase.NEW and not self._config.open):
             raise self._reporter.closed()
         loop = self._join_loop()
         self._open()

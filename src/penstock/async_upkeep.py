@@ -57,6 +57,7 @@ class AsyncUpkeep:
     _opener: AsyncOpener
     _reporter: Reporter
     _getconns: dict[int, Slot]
+    _dedicated: dict[int, Any]
     _home: ref[Any]  # to itself: what waits for time to pass must not keep the pool alive
 
     def _begin_upkeep(self) -> None:
@@ -132,6 +133,10 @@ class AsyncUpkeep:
             return set()
         self._ending = True
         self._move(self._machine.close)
+        # Nobody can be using them any more, and uvloop's close() waits for sockets that are open where
+        # warnings are errors.
+        for link in list(self._dedicated.values()):
+            _discard(link)
         for task in self._tasks:
             task.cancel()
         return set(self._tasks)

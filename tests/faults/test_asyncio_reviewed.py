@@ -330,3 +330,15 @@ def test_a_block_that_ends_well_after_a_timeout_it_caught_is_told_of_its_rollbac
 
     assert asyncio.run(scenario()) == (None,)
     assert any("is rolled back" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_a_dedicated_connection_that_is_never_left_ends_with_its_loop(server, driver):
+    pool = AsyncConnectionPool(server.conninfo(over="unix"), driver=driver, name="never-left")
+    kept = []
+
+    async def scenario():
+        kept.append(await pool.dedicated().__aenter__())
+
+    asyncio.run(scenario())
+    asyncio.run(gone(server, "never-left"))
