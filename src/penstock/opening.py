@@ -40,6 +40,9 @@ CONNECT_SECONDS: Final = 10.0
 #: How long the attempt that diagnoses may take. A server that refuses does so in milliseconds.
 DIAGNOSE_SECONDS: Final = 2.0
 
+#: How many failures' diagnoses are remembered.
+REMEMBERED: Final = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -67,9 +70,9 @@ class Opener:
         self._config = config
         self._driver = driver
         self._name = pool_name
-        # The last diagnosis and the failure that it explained: the same words again have the same
-        # reason, and need no second attempt.
-        self._known: tuple[tuple[type, str], Diagnosis] | None = None
+        # The last diagnoses and the failures that they explained: the same words again have the same
+        # reason, and need no second attempt. Several, since one cause can come in two wordings by turns.
+        self._known: dict[tuple[type, str], Diagnosis] = {}
 
     def recipe(self) -> Recipe:
         """What the next connect is made from."""
@@ -147,14 +150,13 @@ class Opener:
             return Failure(cause, heals=False, sqlstate=None, text=text, next_step=_STEP_RECIPE)
         if not isinstance(error, Exception):  # SystemExit in a callable, say
             return Failure(error, heals=False, sqlstate=None, text=one_line(error))
-        remembered = self._known
-        if remembered is not None and remembered[0] == _key(error):
-            return _failure(error, remembered[1])
-        return None
+        remembered = self._known.get(_key(error))
+        return None if remembered is None else _failure(error, remembered)
 
     def remember(self, error: BaseException, diagnosis: Diagnosis) -> Failure:
         """What the driver found out about `error`; the same words again need no second attempt."""
-        self._known = (_key(error), diagnosis)
+        known = {**self._known, _key(error): diagnosis}  # made aside: several workers may be here
+        self._known = dict(list(known.items())[-REMEMBERED:])
         return _failure(error, diagnosis)
 
     def _explain_configure(self, error: ConfigureError) -> Failure:

@@ -386,6 +386,15 @@ def test_a_block_that_a_generator_leaves_open_is_given_back_when_it_is_closed(po
 # -- interrupts -----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interrupts():
+    """SIGINT raises KeyboardInterrupt, also where this process was started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_keyboard_interrupt_ends_the_program_and_leaves_no_session(pool, fake):
     places: list[str] = []
 
