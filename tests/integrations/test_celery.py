@@ -127,5 +127,6 @@ def sessions(server: Server) -> dict[int, Any]:
 
 
 def living(parent: int) -> set[int]:
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return {parent, *map(int, children)}
+    # Of every thread: children that replace others are not forked by the first one.
+    lists = [each.read_text() for each in Path(f"/proc/{parent}/task").glob("*/children")]
+    return {parent, *map(int, " ".join(lists).split())}

@@ -124,7 +124,8 @@ def balance(bank: BankApp, cuts: bool, number: int) -> tuple[int, Any, str]:
 
 def sessions(bank: BankApp) -> dict[int, Any]:
     """Each process's session, by its pid, which is in the session's name."""
-    return {int(one.name.rpartition("/")[2]): one for one in bank.sessions()}
+    # One that is just logging in has no name yet.
+    return {int(one.name.rpartition("/")[2]): one for one in bank.sessions() if one.name}
 
 
 def workers(bank: BankApp) -> set[int]:
