@@ -250,7 +250,10 @@ class Pg8000Driver:
     def diagnose(self, error: BaseException, recipe: Recipe, seconds: float | None) -> Diagnosis:
         """Tell why `open` raised `error`: pg8000 keeps the server's own fields."""
         del recipe, seconds
-        fields = error.args[0] if error.args and isinstance(error.args[0], dict) else {}
+        fields = _fields(error)
+        # pg8000 says goodbye to a server that has gone, and then raises what it met there.
+        if not fields and error.__context__ is not None:
+            fields = _fields(error.__context__)
         code = fields.get("C")
         text = " ".join(str(fields.get("M") or error).split())
         # 28: authentication; 3D: no such database.
@@ -286,6 +289,11 @@ def _options(settings: dict[str, str]) -> dict[str, Any]:
     if settings.get("sslmode") in {"require", "verify-ca", "verify-full"}:
         options["ssl_context"] = ssl.create_default_context()
     return options
+
+
+def _fields(error: BaseException) -> dict[str, str]:
+    """What the server said, by its one-letter names (Error and Notice Message Fields)."""
+    return error.args[0] if error.args and isinstance(error.args[0], dict) else {}
 
 
 def _connected(options: dict[str, Any], seconds: float | None) -> socket.socket:
