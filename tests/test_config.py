@@ -26,6 +26,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert (config.reconnect_timeout, config.overdue_after) == (300.0, 60.0)
     assert (config.order, config.reset, config.driver) == ("lifo", "rollback", "psycopg")
     assert (config.autocommit, config.read_write, config.open) == (False, False, True)
+    assert config.guard is False
     assert config.server_check_interval == 0.5
     assert repr(config) == "PoolConfig()"
 
@@ -78,6 +79,7 @@ def test_replace_gives_a_checked_copy() -> None:
         ({"reset": 1}, "reset"),
         ({"autocommit": 1}, "autocommit"),
         ({"read_write": "yes"}, "read_write"),
+        ({"guard": "yes"}, "guard"),
         ({"open": None}, "open"),
         ({"configure": "SET x"}, "configure"),
         ({"check": True}, "check"),
@@ -122,6 +124,7 @@ def test_what_does_not_fit_is_refused_by_name(options: dict[str, Any], key: str)
         {"kwargs": lambda: {"password": "x"}},
         {"kwargs": {"user": "app"}},
         {"connection_class": dict},
+        {"guard": True},
     ],
 )
 def test_what_fits_is_taken(options: dict[str, Any]) -> None:

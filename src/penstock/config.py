@@ -76,6 +76,8 @@ class PoolConfig:
             that the server notices a killed worker; None leaves the server's setting alone.
         read_write: the pool is for a server that takes writes: SQLSTATE 25006 (read-only, after a
             failover) ends the connection and makes older ones suspect. Off unless marked.
+        guard: whether each borrow lends a connection object of its own, so that a returned one raises
+            also after the session was lent to somebody else. For tests and debugging.
         open: whether the pool opens by itself at the first borrow; False: only by ``open()``.
     """
 
@@ -106,6 +108,7 @@ class PoolConfig:
     on_borrow: Callable[[Any], object] | None = None
     server_check_interval: float | None = 0.5
     read_write: bool = False
+    guard: bool = False
     open: bool = True
 
     def __post_init__(self) -> None:
@@ -256,7 +259,7 @@ class PoolConfig:
         object.__setattr__(self, key, float(value))
 
     def _check_choices(self) -> None:
-        for key in ("autocommit", "read_write", "open"):
+        for key in ("autocommit", "read_write", "guard", "open"):
             self._check(isinstance(getattr(self, key), bool), key, "True or False")
         order = isinstance(self.order, str) and self.order in {"lifo", "fifo"}
         self._check(order, "order", '"lifo" or "fifo"')
@@ -344,6 +347,7 @@ class _CommonOptions(TypedDict, total=False):
     on_borrow: Callable[[Any], object] | None
     server_check_interval: float | None
     read_write: bool
+    guard: bool
     open: bool
 
 

@@ -186,7 +186,7 @@ TEXTS = [
     ("reconnect_timeout", "NONE", None), ("overdue_after", "1", 1.0),
     ("server_check_interval", "none", None), ("order", "fifo", "fifo"), ("reset", "session", "session"),
     ("reset", "none", None), ("autocommit", "yes", True), ("autocommit", "ON", True),
-    ("read_write", "1", True), ("open", "false", False), ("open", "off", False), ("open", "no", False),
+    ("read_write", "1", True), ("guard", "on", True), ("open", "false", False), ("open", "off", False), ("open", "no", False),
     ("name", "none", "none"), ("driver", "psycopg", "psycopg"), ("kwargs", "none", None),
     ("configure", "none", None), ("connection_class", "none", None),
     ("connection_class", "collections:Counter", __import__("collections").Counter),

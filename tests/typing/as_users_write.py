@@ -132,6 +132,7 @@ everything = ConnectionPool(
     on_borrow=prepare,
     server_check_interval=None,
     read_write=True,
+    guard=True,
     open=False,
 )
 assert_type(everything, ConnectionPool[Connection[TupleRow]])
