@@ -28,6 +28,7 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert (config.autocommit, config.read_write, config.open) == (False, False, True)
     assert config.guard is False
     assert config.server_check_interval == 0.5
+    assert config.statement_timeout_client is None
     assert repr(config) == "PoolConfig()"
 
 
@@ -73,6 +74,11 @@ def test_replace_gives_a_checked_copy() -> None:
         ({"reconnect_timeout": "300"}, "reconnect_timeout"),
         ({"overdue_after": 0}, "overdue_after"),
         ({"server_check_interval": 0}, "server_check_interval"),
+        ({"statement_timeout_client": 0}, "statement_timeout_client"),
+        ({"statement_timeout_client": -1}, "statement_timeout_client"),
+        ({"statement_timeout_client": True}, "statement_timeout_client"),
+        ({"statement_timeout_client": "1"}, "statement_timeout_client"),
+        ({"statement_timeout_client": float("inf")}, "statement_timeout_client"),
         ({"order": "LIFO"}, "order"),
         ({"order": []}, "order"),
         ({"reset": "discard"}, "reset"),
@@ -114,6 +120,8 @@ def test_what_does_not_fit_is_refused_by_name(options: dict[str, Any], key: str)
         {"max_lifetime": None, "max_idle": None, "overdue_after": None},
         {"reconnect_timeout": 0},
         {"server_check_interval": None},
+        {"statement_timeout_client": None},
+        {"statement_timeout_client": 1},
         {"min_size": 0},
         {"min_size": 10},
         {"reset": None},

@@ -74,6 +74,8 @@ class PoolConfig:
         on_borrow: called with a connection each time it is lent; None for nothing.
         server_check_interval: ``client_connection_check_interval`` set on each new connection, so
             that the server notices a killed worker; None leaves the server's setting alone.
+        statement_timeout_client: how long a statement may take, its answer included, before the client
+            gives it up: `StatementTimeout`, and the connection ends; None: no limit.
         read_write: the pool is for a server that takes writes: SQLSTATE 25006 (read-only, after a
             failover) ends the connection and makes older ones suspect. Off unless marked.
         guard: whether each borrow lends a connection object of its own, so that a returned one raises
@@ -107,6 +109,7 @@ class PoolConfig:
     reset: Literal["rollback", "session"] | Callable[[Any], object] | None = "rollback"
     on_borrow: Callable[[Any], object] | None = None
     server_check_interval: float | None = 0.5
+    statement_timeout_client: float | None = None
     read_write: bool = False
     guard: bool = False
     open: bool = True
@@ -246,7 +249,10 @@ class PoolConfig:
     def _check_times(self) -> None:
         for key in ("timeout", "ping_after", "reconnect_timeout"):
             self._check_time(key, "0 or more", lambda seconds: seconds >= 0)
-        for key in ("max_lifetime", "max_idle", "overdue_after", "server_check_interval"):
+        for key in (
+            *("max_lifetime", "max_idle", "overdue_after"),
+            *("server_check_interval", "statement_timeout_client"),
+        ):
             self._check_time(key, "more than 0", lambda seconds: seconds > 0)
 
     def _check_time(self, key: str, allowed: str, fits: Callable[[float], bool]) -> None:
@@ -346,6 +352,7 @@ class _CommonOptions(TypedDict, total=False):
     reset: Literal["rollback", "session"] | Callable[[Any], object] | None
     on_borrow: Callable[[Any], object] | None
     server_check_interval: float | None
+    statement_timeout_client: float | None
     read_write: bool
     guard: bool
     open: bool

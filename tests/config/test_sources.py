@@ -184,6 +184,7 @@ TEXTS = [
     ("timeout", "2.5", 2.5), ("timeout", "none", None), ("timeout", ".5", 0.5),
     ("max_lifetime", "None", None), ("max_idle", "60", 60.0), ("ping_after", "0", 0.0),
     ("reconnect_timeout", "NONE", None), ("overdue_after", "1", 1.0),
+    ("statement_timeout_client", "1.5", 1.5), ("statement_timeout_client", "none", None),
     ("server_check_interval", "none", None), ("order", "fifo", "fifo"), ("reset", "session", "session"),
     ("reset", "none", None), ("autocommit", "yes", True), ("autocommit", "ON", True),
     ("read_write", "1", True), ("guard", "on", True), ("open", "false", False), ("open", "off", False), ("open", "no", False),

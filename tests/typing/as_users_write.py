@@ -131,6 +131,7 @@ everything = ConnectionPool(
     reset="session",
     on_borrow=prepare,
     server_check_interval=None,
+    statement_timeout_client=1.0,
     read_write=True,
     guard=True,
     open=False,
