@@ -1,8 +1,11 @@
 """`python -m tests.faults.table`: every row with every runtime and driver, as a table.
 
-Its one job: run `tests.faults.run` once per cell, and show what it told. Rows run one at a time, since
+Its one job: run `tests.faults.run` once per cell, and show what it told. Cells run one at a time, since
 they measure. Exit status 1 if a figure does not hold (as tests mean it); a missed goal is shown, and no
 failure: it may be the machine.
+
+`--markdown docs/faults/README.md` puts each cell into that page and the row's own page as soon as it was measured, and
+leaves all others as they are (`written.py`); `--from ROW` goes on where a run was ended.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from tests.faults import written
 from tests.faults.rows import ROWS, load
 from tests.faults.stage import COMBINATIONS, ROOT
 
@@ -58,75 +63,106 @@ def missing(name):
 
 def as_rich(title, figures):
     """One row of the fault table: its figures below each other, a column per combination."""
-    names = list(figures)
     table = Table(title=title, title_justify="left", title_style="bold", expand=False)
     table.add_column("figure")
     table.add_column("goal")
-    for name in names:
+    for name in figures:
         table.add_column(name, justify="right")
-    for figure, goal in lines(figures):
-        cells = [cell(figures[name], figure) for name in names]
-        table.add_row(figure, goal, *(f"[{style}]{value}[/]" for value, style in cells))
+    shown = written.Table()
+    for name, own in figures.items():
+        shown.tell(title, name, as_cells(own))
+    for figure, goal, *values in shown.lines(title, list(figures)):
+        table.add_row(figure, goal, *map(coloured, values))
     return table
 
 
-def lines(figures):
-    """The figures' names and goals, each once, in the order told."""
-    goals: dict[str, str] = {}
-    for each in (each for own in figures.values() for each in own):
-        goals.setdefault(each["name"], each["goal"])
-    return list(goals.items())
-
-
-def cell(own, figure):
+def as_cells(own):
+    """The figures of one cell as (name, goal, what is shown)."""
     for each in own:
-        if each["name"] == figure:
-            if not each["holds"]:
-                return f"FAIL {each['value']}", "bold red"
-            return (each["value"], "green") if each["met"] else (f"miss {each['value']}", "yellow")
-    return "-", "dim"
+        met = "" if each["met"] else "miss "
+        yield each["name"], each["goal"], f"{met if each['holds'] else 'FAIL '}{each['value']}"
 
 
-def as_markdown(found, names):
-    """The same as one table, for docs/faults.md."""
-    head = ["fault", "figure", "goal", *names]
-    rows = [head, ["---"] * len(head)]
-    for row, figures in found.items():
-        title = load()[row].TITLE
-        for figure, goal in lines(figures):
-            cells = [cell(figures.get(name, []), figure)[0] for name in names]
-            rows.append([title, figure, goal, *cells])
-            title = ""
-    return "".join("| " + " | ".join(each) + " |\n" for each in rows)
+def coloured(value):
+    style = {"FAIL": "bold red", "miss": "yellow", "-": "dim"}.get(value.partition(" ")[0], "green")
+    return f"[{style}]{value}[/]"
 
 
-def main():
+def page_of(row, table):
+    """The row's own page, beside the one that has the table."""
+    return table.parent / f"{row.replace('_', '-')}.md"
+
+
+def put_into(page, row, name, own):
+    """One cell, into the page with the table and the row's own."""
+    title = load()[row].TITLE
+    table = written.read(page)
+    table.tell(title, name, as_cells(own))
+    written.write(page, table.text(shown_titles(page), list(COMBINATIONS)))
+    about = page_of(row, page)
+    if about.exists():
+        written.write(about, table.row_text(title, next(iter(COMBINATIONS))))
+
+
+def shown_titles(page):
+    """The rows' titles, each as a link to its page if there is one."""
+    titles = {}
+    for row, module in load().items():
+        about = page_of(row, page)
+        titles[module.TITLE] = f"[{module.TITLE}]({about.name})" if about.exists() else module.TITLE
+    return titles
+
+
+def arguments():
     parser = argparse.ArgumentParser(description="what penstock does when things break")
     parser.add_argument("--with", dest="names", action="append", choices=COMBINATIONS)
     parser.add_argument("--row", dest="rows", action="append", choices=ROWS)
+    parser.add_argument("--from", dest="first", choices=ROWS, help="skip the rows before this one")
     parser.add_argument("--short", action="store_true", help="a few seconds a row, as in the tests")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write it there")
-    asked = parser.parse_args()
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="PAGE",
+        help="also put it into this page (docs/faults/README.md)",
+    )
+    return parser.parse_args()
+
+
+def play(row, names, asked, console):
+    """One row, with each combination that it is for."""
+    found = {}
+    for name in names:
+        began = time.monotonic()
+        found[name] = measure(name, row, long=not asked.short)
+        missed = sum(not each["met"] for each in found[name])
+        took = time.monotonic() - began
+        console.print(f"  {row}, {name}: {took:.0f} s, {missed} of {len(found[name])} missed")
+        if asked.markdown:
+            put_into(asked.markdown, row, name, found[name])
+    return found
+
+
+def main():
+    asked = arguments()
     console = Console(width=None if sys.stdout.isatty() else 160)
     names = asked.names or list(COMBINATIONS)
     for name in list(names):
         if absent := missing(name):
             console.print(f"{name}: {', '.join(absent)} is not installed")
             names.remove(name)
-    found: dict[str, dict[str, list]] = {}
-    for row in asked.rows or ROWS:
+    rows = asked.rows or list(ROWS)
+    rows = rows[rows.index(asked.first) if asked.first else 0 :]
+    holds = True
+    for number, row in enumerate(rows, 1):
         unfit = getattr(load()[row], "UNFIT", {})
-        found[row] = {
-            name: measure(name, row, long=not asked.short) for name in names if name not in unfit
-        }
-        console.print(as_rich(load()[row].TITLE, found[row]))
+        console.print(f"[dim]{number} of {len(rows)}[/]")
+        found = play(row, [name for name in names if name not in unfit], asked, console)
+        console.print(as_rich(load()[row].TITLE, found))
         for name in names:
             if name in unfit:
                 console.print(f"  {name}: {unfit[name]}")
         console.print()
-        if asked.markdown:
-            asked.markdown.write_text(as_markdown(found, names), encoding="utf-8")
-    holds = all(each["holds"] for row in found.values() for own in row.values() for each in own)
+        holds &= all(each["holds"] for own in found.values() for each in own)
     sys.exit(0 if holds else 1)
 
 
