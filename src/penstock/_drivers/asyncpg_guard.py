@@ -25,15 +25,12 @@ from weakref import WeakSet
 import asyncpg
 
 from penstock._drivers.asyncpg_cancel import Target, ask_to_cancel
+from penstock._drivers.misuse import GIVEN_BACK, INHERITED_SESSION, misuse_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-GIVEN_BACK: Final = "this connection was given back to its pool; borrow another"
-INHERITED_SESSION: Final = (
-    "this connection was opened before the fork, and its session is the parent process's; borrow "
-    "another here"
-)
+Misuse: Final = misuse_error("asyncpg", asyncpg.InterfaceError)
 
 
 class DeadProtocol:
@@ -56,7 +53,7 @@ class DeadProtocol:
         return False
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise asyncpg.InterfaceError(self.why)
+        raise Misuse(self.why)
 
 
 DEAD: Final = DeadProtocol(GIVEN_BACK)
@@ -129,7 +126,7 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
     def _touch(self, what: str) -> None:
         """Note a change; refuse it if the connection is nobody's."""
         if isinstance(protocol := self._protocol, DeadProtocol):
-            raise asyncpg.InterfaceError(protocol.why)
+            raise Misuse(protocol.why)
         self._penstock.touched.add(what)
 
     async def add_listener(self, channel: Any, callback: Any) -> None:
@@ -294,8 +291,9 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
     def _check_open(self) -> None:
         protocol = self._protocol
         if self._aborted or not protocol.is_connected():
-            why = protocol.why if isinstance(protocol, DeadProtocol) else "connection is closed"
-            raise asyncpg.InterfaceError(why)
+            if isinstance(protocol, DeadProtocol):
+                raise Misuse(protocol.why)
+            raise asyncpg.InterfaceError("connection is closed")
 
     def _drop_local_type_cache(self) -> None:
         self._penstock.protocol.get_settings().clear_type_cache()

@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 import psycopg2
 from psycopg2.extensions import connection
 
+from penstock._drivers.misuse import GIVEN_BACK, INHERITED_SESSION, misuse_error
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-GIVEN_BACK: Final = "this connection was given back to its pool; borrow another"
-INHERITED_SESSION: Final = (
-    "this connection was opened before the fork, and its session is the parent process's; borrow "
-    "another here"
-)
+Misuse: Final = misuse_error("psycopg2", psycopg2.InterfaceError)
 
 #: psycopg2's own descriptors by name: they work on a connection of whatever class it is just now.
 RAW: Final[dict[str, Any]] = dict(vars(connection))
@@ -114,7 +112,7 @@ class Watching(connection):
 
 
 def _refuse(conn: Any, *_args: object, **_kwargs: object) -> NoReturn:
-    raise psycopg2.InterfaceError(conn._penstock_why)  # noqa: SLF001  ours
+    raise Misuse(conn._penstock_why)  # noqa: SLF001  ours
 
 
 def _shown(conn: Any) -> str:
