@@ -120,7 +120,7 @@ class BankApp:
         """What the server says about the bank's database."""
         rows = self._server.execute(
             "select application_name, pid, backend_start from pg_stat_activity"
-            f" where datname = '{self._database}'"
+            f" where datname = '{self._database}' and backend_type = 'client backend'"  # no autovacuum
         )
         return {Session(name, int(pid), str(begun)) for name, pid, begun in rows}
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from penstock.launcher import Server
 
 EXAMPLE = ROOT / "examples/bottle_tornado"
-SESSIONS = "select application_name, pid, backend_start from pg_stat_activity where datname = 'bottle_shop'"
+SESSIONS = (
+    "select application_name, pid, backend_start from pg_stat_activity"
+    " where datname = 'bottle_shop' and backend_type = 'client backend'"  # autovacuum is none of ours
+)
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_with_penstock_nothing_is_wrong_or_lost_in_any_act(
     demo_in_folder: StartDemo, mode: str, service: str
 ) -> None:
     account = account_of(demo_in_folder(mode, f"--service={service}", "--seconds=1"), timeout=90)
-    assert account["ok"], account
+    assert account["ok"], json.dumps(account, indent=1)
     assert in_all_acts(account, "wrong") == in_all_acts(account, "lost") == 0
     assert len(account["acts"]) == 5
 

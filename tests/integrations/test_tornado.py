@@ -31,7 +31,8 @@ def database(server):
 
 def sessions(server, conninfo):
     name = dict(part.split("=", 1) for part in conninfo.split())["dbname"]
-    query = f"select count(*) from pg_stat_activity where datname = '{name}'"
+    of = f"datname = '{name}' and backend_type = 'client backend'"  # autovacuum is none of ours
+    query = f"select count(*) from pg_stat_activity where {of}"
     return int(server.execute(query)[0][0])
 
 

@@ -29,12 +29,14 @@ select coalesce(nullif(application_name, ''), '(no name)'),
        extract(epoch from clock_timestamp() - min(backend_start))
 from pg_stat_activity
 where datname = current_database() and application_name <> %s
+  and backend_type = 'client backend'
 group by 1 order by 1
 """
 
 LISTED = """
 select pid, state from pg_stat_activity
 where datname = current_database() and application_name <> %s
+  and backend_type = 'client backend'
 """
 
 
