@@ -22,7 +22,8 @@ from penstock.cli import acts, bank_pools, bank_service, command_line, ledger, p
 from penstock.cli.bank_tables import create_bank
 from penstock.cli.ledger import Findings, Transfer
 from penstock.cli.load import Outcome, Tally, Trouble
-from penstock.cli.verdict import Permit, complaints
+from penstock.cli.verdict import NOTICE, Permit, complaints
+from penstock.cli.worker_report import WorkerReport
 from penstock.launcher import Server
 
 needs_proc = pytest.mark.skipif(
@@ -115,6 +116,17 @@ def account_of(run: DemoRun, timeout: float) -> dict[str, Any]:
 
 def in_all_acts(account: dict[str, Any], what: str) -> int:
     return sum(act[what] for act in account["acts"])
+
+
+def test_where_workers_wait_for_the_processor_a_pool_has_longer_to_hear_of_an_end() -> None:
+    def notice(*late: float) -> float:
+        reports = [
+            WorkerReport(0.0, pid, 1, 0, 0, 0, 0.0, 0.0, (), each) for pid, each in enumerate(late)
+        ]
+        return acts.notice_in(reports)
+
+    assert notice() == notice(0.001, 0.004) == NOTICE
+    assert notice(0.001, 0.2) == pytest.approx(0.4)
 
 
 @needs_proc

@@ -129,7 +129,7 @@ def _end_sessions(scene: Scene) -> Permit:
     ended_at = time.monotonic()
     scene.after()
     note = f"{len(ended.gone)} sessions ended, {ended.busy} of them at work just before"
-    return Permit(ended_at, gone=ended.gone, note=note)
+    return Permit(ended_at, gone=ended.gone, notice=notice_in(scene.workers()), note=note)
 
 
 def _restart_database(scene: Scene) -> Permit:
@@ -151,7 +151,15 @@ def _restart_database(scene: Scene) -> Permit:
         f" the database was away for {back_at - begun:.1f} s"
     )
     # A session opened since the list was made: it had gone when the server had.
-    return Permit(back_at, gone=gone, all_gone_at=gone_at, note=note)
+    return Permit(
+        back_at, gone=gone, all_gone_at=gone_at, notice=notice_in(scene.workers()), note=note
+    )
+
+
+def notice_in(reports: list[WorkerReport]) -> float:
+    """`NOTICE`, and more where the workers' own threads had to wait for longer than that to run at all."""
+    latest = max((report.late for report in reports), default=0.0)
+    return max(NOTICE, 2 * latest)  # twice: a core, and then the interpreter
 
 
 ACTS = (

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 # A pool hears of a session's end as soon as one of its threads gets a core, which the load keeps busy,
 # and then the interpreter, which another thread may keep for a switch interval (5 ms). Seen for penstock
 # on two cores: before the end or up to 11 ms after it; 36 ms with five times as much to run as there were
-# cores. A pool that does not listen is caught in the idle act, which leaves all workers time to hear.
+# cores; 75 ms with four times, which is why workers say how long their own threads waited for a turn. A pool
+# that does not listen is caught in the idle act, which leaves all workers time to hear.
 NOTICE = 0.05
 
 

@@ -15,7 +15,9 @@ import os
 import select
 import signal
 import threading
-from dataclasses import asdict, dataclass
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 INTERVAL = 0.1
+
+#: How many reports `late` looks back: 3 s.
+LATELY = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,11 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """One worker at one moment (`at`, by `time.monotonic`); waits in seconds."""
+    """One worker at one moment (`at`, by `time.monotonic`); waits in seconds.
+
+    `late` is how long, at most, the reporting thread waited for its turn lately: as long may any other
+    thread of that worker have waited, a pool's that listens among them.
+    """
 
     at: float
     pid: int
@@ -59,6 +68,7 @@ class WorkerReport:
     wait_p50: float
     wait_p99: float
     held: tuple[Held, ...] = ()
+    late: float = 0.0
 
     @classmethod
     def from_json(cls, text: str) -> WorkerReport:
@@ -97,9 +107,13 @@ def report_from_each_worker(
 def _keep_reporting(folder: Path, lifeline: int, measure: Callable[[], WorkerReport]) -> None:
     file = folder / f"{os.getpid()}.json"
     master = os.getppid()
+    late: deque[float] = deque(maxlen=LATELY)
+    due = time.monotonic() + INTERVAL
     while not select.select([lifeline], [], [], INTERVAL)[0]:
+        late.append(time.monotonic() - due)
         unfinished = file.with_suffix(".new")
-        unfinished.write_text(measure().to_json())
+        unfinished.write_text(replace(measure(), late=max(late)).to_json())
+        due = time.monotonic() + INTERVAL
         unfinished.replace(file)  # a reader sees the old report or the new one, never half of one
     # Another worker may have ended it already; our parent is then somebody else's process.
     if os.getppid() == master:
