@@ -62,7 +62,7 @@ every_setting = st.builds(
 
 
 @settings(
-    max_examples=10_000, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=3_000, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 @given(every_setting)
 def test_settings_survive_both_notations_and_libpq_agrees(given: dict[str, str]) -> None:

@@ -130,8 +130,9 @@ def test_where_workers_wait_for_the_processor_a_pool_has_longer_to_hear_of_an_en
 
 
 @needs_proc
-@pytest.mark.parametrize("service", command_line.SERVICES)
-@pytest.mark.parametrize("mode", ["--no-preload", "--preload"])
+@pytest.mark.parametrize(
+    ("mode", "service"), [*zip(["--no-preload", "--preload"], command_line.SERVICES, strict=True)]
+)
 def test_with_penstock_nothing_is_wrong_or_lost_in_any_act(
     demo_in_folder: StartDemo, mode: str, service: str
 ) -> None:
