@@ -23,6 +23,7 @@ from penstock.errors import (
     PoolClosed,
     PoolTimeout,
     ServerUnavailable,
+    StatementTimeout,
     TooManyRequests,
     flavoured,
     holder_report,
@@ -82,6 +83,7 @@ class AwkwardDriver:
 ALL: list[tuple[type[PenstockError], dict[str, Any]]] = [
     (PoolTimeout, {"timeout": 5.0, "waited": 5.01, "counts": FULL, "holders": [REPORT]}),
     (ServerUnavailable, {"attempts": 7, "down_seconds": 12.34, "sqlstate": "28P01"}),
+    (StatementTimeout, {"seconds": 1.5}),
     (TooManyRequests, {"max_waiting": 4, "counts": FULL}),
     (PoolClosed, {"closed_seconds": 3.21}),
     (MisuseError, {"what": "the connection was returned twice", "where": "app/views.py:7"}),
@@ -112,6 +114,14 @@ def test_a_timeout_says_who_holds_what_since_when_and_where() -> None:
 )
 def test_a_timeouts_next_step_depends_on_what_the_slots_did(counts: Counts, words: str) -> None:
     assert words in str(PoolTimeout(pool="shop", timeout=1, waited=1, counts=counts))
+
+
+def test_a_statement_that_was_given_up_names_the_option_its_time_and_the_pool() -> None:
+    text = str(StatementTimeout(pool="shop", seconds=1.5))
+    assert text.startswith("no answer within 1.5 s (statement_timeout_client)")
+    assert "of pool 'shop'" in text
+    assert "next step: " in text
+    assert "penstock's docs/errors/statement-timeout.md" in text
 
 
 def test_a_timeout_of_zero_did_not_wait() -> None:

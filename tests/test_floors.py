@@ -38,6 +38,7 @@ FLOORS = (
         "dedicated",
         "alarm",
         "with_blocks",
+        "statement_limit",
         *(
             "async_lease",
             "async_borrowing",

@@ -21,6 +21,7 @@ from penstock.errors import (
     PoolClosed,
     PoolTimeout,
     ServerUnavailable,
+    StatementTimeout,
     TooManyRequests,
 )
 from penstock.lease import Lease
@@ -53,6 +54,7 @@ __all__ = [
     "Pools",
     "Result",
     "ServerUnavailable",
+    "StatementTimeout",
     "Stats",
     "TooManyRequests",
 ]

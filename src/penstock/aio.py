@@ -35,8 +35,9 @@ from penstock.config import PoolConfig
 from penstock.opening import CONNECT_SECONDS
 from penstock.result import Result
 from penstock.secret import Hidden
+from penstock.statement_limit import limit_of
 from penstock.task_reports import TaskReporter
-from penstock.threads import abandon, new, next_name
+from penstock.threads import abandon, new, next_name, refuse_guard_without_renewal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -156,10 +157,12 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         self._config = config
         self.name: str = config.name or next_name()
         self._driver = _drivers.chosen(config.driver, asynchronous=True)
+        refuse_guard_without_renewal(config, self._driver)
         self._timeout = FOREVER if config.timeout is None else config.timeout
         self._home = weakref.ref(self)
         self._plain = _wants_nothing_special(config)
-        self._opener = AsyncOpener(config, self._driver, self.name)
+        limit = limit_of(config, self._driver, self.name, weakref.WeakMethod(self._doubt))
+        self._opener = AsyncOpener(config, self._driver, self.name, limit)
         self._machine = self._new_machine(config)
         self._begin_upkeep()
         self._reporter = TaskReporter(
@@ -331,7 +334,7 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         self._join_loop()  # whose end it does not outlive
         began = clock()
         try:
-            return await opened_aside(self._opener.open(min(seconds, CONNECT_SECONDS)))
+            return await opened_aside(self._opener.without_limit().open(min(seconds, CONNECT_SECONDS)))
         except Exception as error:  # noqa: BLE001  whatever it is, it is explained
             failure = await self._opener.explain(error)
         raise self._reporter.not_opened(failure, clock() - began)
@@ -557,6 +560,7 @@ def _wants_nothing_special(config: PoolConfig) -> bool:
     return (
         watch.available()
         and config.reset == "rollback"
+        and not config.guard
         and config.on_borrow is None
         and config.check is None
     )

@@ -9,6 +9,7 @@ It must not know: slots, waiters, when to open and how many. No lock: all of it 
 from __future__ import annotations
 
 import asyncio
+from copy import copy
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
@@ -30,17 +31,29 @@ from penstock.secret import Hidden
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from penstock._drivers.protocol import Diagnosis, Recipe
+    from penstock._drivers.protocol import Diagnosis, Recipe, StatementLimit
     from penstock.config import PoolConfig
 
 
 class AsyncOpener:
     """Opens the connections of one pool, on the loop that runs."""
 
-    def __init__(self, config: PoolConfig, driver: Any, pool_name: str) -> None:
+    def __init__(
+        self,
+        config: PoolConfig,
+        driver: Any,
+        pool_name: str,
+        limit: StatementLimit | None = None,
+    ) -> None:
         self._config = config
         self._driver = driver
-        self._opener = Opener(config, driver, pool_name)
+        self._opener = Opener(config, driver, pool_name, limit)
+
+    def without_limit(self) -> AsyncOpener:
+        """One for connections of which no statement is given up (`dedicated()`)."""
+        found = copy(self)
+        found._opener = self._opener.without_limit()
+        return found
 
     async def open(self, seconds: float = CONNECT_SECONDS) -> Any:
         """Open and configure a link. It comes back parked, idle and remembered as it is.

@@ -146,6 +146,10 @@ class AsyncUpkeep:
     def _move(self, decide: Callable[[float], list[Order]]) -> None:
         self._carry_out(decide(clock()))
 
+    def _doubt(self) -> None:
+        """A statement was given up: idle connections are pinged before they are lent."""
+        self._move(self._machine.doubt)
+
     def _look_again(self) -> None:
         self._carry_out(self._machine.look_again(clock()))
 

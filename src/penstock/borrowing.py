@@ -28,6 +28,7 @@ from penstock._machine.slot import Slot, SlotState
 from penstock.alarm import Alarm
 from penstock.clock import clock
 from penstock.errors import ConfigError, PenstockError, PoolTimeout
+from penstock.statement_limit import within
 from penstock.upkeep import LONGEST_SLEEP, Upkeep
 from penstock.with_blocks import is_inside_with
 
@@ -47,6 +48,9 @@ PING_SECONDS: Final = 5.0
 LEAST_PING_SECONDS: Final = 0.1
 
 FOREVER: Final = float("inf")
+
+#: With `guard`, of a driver that cannot make another object over the session.
+STILL_HELD: Final = "somebody still has this connection object, which was given back"
 
 _log = logging.getLogger("penstock")
 
@@ -257,11 +261,13 @@ class Borrowing(Upkeep):
             except PenstockError as error:
                 explain_by(error, refusal, seconds)
                 raise
-        slot.link.lend()
         return slot
 
     def _check(self, link: Any, deadline: float) -> Exception | None:
-        """Why not to lend it: it hung up, or the user's `check` raised."""
+        """Lend it, or tell why not: somebody has the object, it hung up, the user's `check` raised."""
+        if self._config.guard and not link.renew():
+            return self._too_late(STILL_HELD)
+        link.lend()
         if not watch.available() and link.hung_up():
             return self._too_late("the server ended the session")
         check = self._config.check
@@ -381,7 +387,7 @@ class Borrowing(Upkeep):
             return Verdict.BROKEN
         reset = self._config.reset
         if not clean:
-            clean = reset is not None and link.tidy(TIDY_SECONDS)
+            clean = reset is not None and link.tidy(within(TIDY_SECONDS, self._config))
         if clean and reset == "session":
             clean = link.start_reset()
         elif clean and callable(reset):

@@ -267,6 +267,36 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
         return f"{text} (SQLSTATE {self.sqlstate})" if self.sqlstate else text
 
 
+class StatementTimeout(PenstockError):  # noqa: N818  as its siblings
+    """A statement had no complete answer within `statement_timeout_client`, and was given up.
+
+    Its connection has ended, its transaction with it; whether the server carried the statement out is
+    unknown. It is not sent again. Connections that are idle are pinged before they are lent.
+
+    Args:
+        pool: name of the pool.
+        seconds: the option's value.
+    """
+
+    seconds: float
+    _fields = ("pool", "seconds")
+    _page = "docs/errors/statement-timeout.md"
+
+    def __init__(self, *, pool: str | None = None, seconds: float = 0.0) -> None:
+        super().__init__(pool=pool)
+        self.seconds = seconds
+
+    def _text(self) -> str:
+        return (
+            f"no answer within {self.seconds:g} s (statement_timeout_client) to a statement on a "
+            f"connection of {_pool(self.pool)}; the connection has ended, and whether the statement "
+            "was carried out is unknown.\n"
+            "  next step: if the server's host or the network is not frozen, find out why it is "
+            "slow (pg_stat_activity, locks), or raise statement_timeout_client; before you repeat "
+            "what writes, look whether it was done"
+        )
+
+
 class TooManyRequests(PenstockError):  # noqa: N818  a word users know
     """Refused at once: the queue was at `max_waiting` already. No connection was touched.
 
@@ -421,6 +451,7 @@ _OURS: dict[str, type[PenstockError]] = {
         PenstockError,
         PoolTimeout,
         ServerUnavailable,
+        StatementTimeout,
         TooManyRequests,
         PoolClosed,
         MisuseError,

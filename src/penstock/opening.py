@@ -9,6 +9,7 @@ each call belongs to the worker that makes it.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +22,7 @@ from penstock.secret import Hidden
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from penstock._drivers.protocol import StatementLimit
     from penstock.config import PoolConfig
 
 #: A silent network cut sends nothing. Each only where the user set nothing: 30 + 3 x 10 s find a
@@ -66,10 +68,17 @@ class Failure:
 class Opener:
     """Opens the connections of one pool."""
 
-    def __init__(self, config: PoolConfig, driver: Any, pool_name: str) -> None:
+    def __init__(
+        self,
+        config: PoolConfig,
+        driver: Any,
+        pool_name: str,
+        limit: StatementLimit | None = None,
+    ) -> None:
         self._config = config
         self._driver = driver
         self._name = pool_name
+        self._limit = limit
         # The last diagnoses and the failures that they explained: the same words again have the same
         # reason, and need no second attempt. Several, since one cause can come in two wordings by turns.
         self._known: dict[tuple[type, str], Diagnosis] = {}
@@ -94,7 +103,14 @@ class Opener:
             server_check_interval=config.server_check_interval,
             keepalive=KEEPALIVE,
             reset=config.reset,
+            statement_limit=self._limit,
         )
+
+    def without_limit(self) -> Opener:
+        """One for connections of which no statement is given up (`dedicated()`)."""
+        found = copy(self)  # of its own class, too
+        found._limit = None  # noqa: SLF001  its own
+        return found
 
     def open(self, seconds: float = CONNECT_SECONDS) -> Any:
         """Open and configure a link. It comes back parked, idle and remembered as it is.

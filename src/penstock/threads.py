@@ -37,6 +37,7 @@ from penstock.reports import Health, Reporter
 from penstock.result import Result
 from penstock.secret import Hidden
 
+from penstock.statement_limit import limit_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
@@ -155,7 +156,8 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         self._lease = _lease_class(self._driver)
         self._plain = _wants_nothing_special(config)
         self._lock = hub.Lock()
-        self._opener = Opener(config, self._driver, self.name)
+        limit = limit_of(config, self._driver, self.name, weakref.WeakMethod(self._doubt))
+        self._opener = Opener(config, self._driver, self.name, limit)
         self._machine = self._new_machine(config)
         self._reporter = Reporter(self.name, self._machine, self._driver)
         self._getconns: dict[int, Slot] = {}
@@ -476,7 +478,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         notice_fork()
         if self._machine.phase is Phase.CLOSED:
             raise self._reporter.closed()
-        opening = Opening(self._opener, seconds)
+        opening = Opening(self._opener.without_limit(), seconds)
         keeper.current().submit(opening.run)
         return opening.wait(self._reporter)
 

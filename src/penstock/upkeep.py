@@ -75,6 +75,10 @@ class Upkeep:
         self._move(self._machine.drain)
         return former
 
+    def _doubt(self) -> None:
+        """A statement was given up: idle connections are pinged before they are lent."""
+        self._move(self._machine.doubt)
+
     def _look_again(self) -> None:
         with self._lock:
             orders = self._machine.look_again(clock())

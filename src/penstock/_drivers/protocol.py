@@ -37,6 +37,26 @@ class Activity(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StatementLimit:
+    """How long a borrower's statement may go unanswered (`statement_timeout_client`).
+
+    A driver whose `limits_statements` is true keeps to it: whenever a call of a borrower's, or a link's
+    `execute`, `commit` and `apply_settings`, waits for the server and has no complete answer after
+    `seconds`, the link is discarded and the waiting call raises what `given_up` makes. The time is that
+    of one call: what the borrower does between two does not count, nor does waiting for
+    notifications.
+
+    Attributes:
+        seconds: more than 0.
+        given_up: makes the error to raise, and tells the pool, whose other connections are in doubt
+            from then on. Called once per statement given up, in the thread or task that waited.
+    """
+
+    seconds: float
+    given_up: Callable[[], Exception]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Everything needed to open one more link; callables were called by whoever made the recipe.
 
@@ -49,6 +69,8 @@ class Recipe:
         server_check_interval: seconds for ``client_connection_check_interval``; None leaves it alone.
         keepalive: connection parameters set only where the user set nothing.
         reset: "rollback", "session", None, or a callable that takes the connection.
+        statement_limit: how long a statement may go unanswered, or None. Only a driver whose
+            `limits_statements` is true is ever given one.
     """
 
     conninfo: str = field(default="", repr=False)
@@ -59,6 +81,7 @@ class Recipe:
     server_check_interval: float | None = 0.5
     keepalive: Mapping[str, Any] = field(default_factory=dict)
     reset: object = "rollback"
+    statement_limit: StatementLimit | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +191,11 @@ class Link(Protocol[ConnT]):
 
 
 class Driver(Protocol[ConnT]):
-    """A database library."""
+    """A database library.
+
+    Beside what is below it may have `limits_statements`: True if it heeds a recipe's
+    `statement_limit`. Without it, a pool that is told a `statement_timeout_client` refuses the driver.
+    """
 
     name: str
     operational_error: type[Exception]
@@ -268,7 +295,11 @@ class AsyncLink(Protocol[ConnT]):
 
 
 class AsyncDriver(Protocol[ConnT]):
-    """A database library for asyncio."""
+    """A database library for asyncio.
+
+    Beside what is below it may have `limits_statements`: True if it heeds a recipe's
+    `statement_limit`. Without it, a pool that is told a `statement_timeout_client` refuses the driver.
+    """
 
     name: str
     operational_error: type[Exception]

@@ -18,6 +18,7 @@ from penstock._drivers import psycopg3_connect as connecting
 from penstock._drivers.protocol import Diagnosis, Recipe, Reply
 from penstock._drivers.psycopg3_diagnose import diagnose
 from penstock._drivers.psycopg3_guard import Settings
+from penstock._drivers.psycopg3_limit import LimitsStatements
 from penstock._drivers.psycopg3_link import (
     PgconnLink,
     PsycopgDriver,
@@ -210,7 +211,8 @@ class Psycopg3Driver(PsycopgDriver):
 
 def _linked(handle: PGconn, recipe: Recipe, deadline: float) -> Psycopg3Link:
     """Build the connection as psycopg's `connect()` would, and set the session up."""
-    conn, touched = connection_over(handle, recipe, psycopg.Connection)
+    in_front = () if recipe.statement_limit is None else (LimitsStatements,)
+    conn, touched = connection_over(handle, recipe, psycopg.Connection, *in_front)
     link = Psycopg3Link(conn, handle, touched, resets_session=recipe.reset == "session")
     query = check_interval_query(handle, recipe.server_check_interval)
     if query is not None:

@@ -38,6 +38,7 @@ from penstock._drivers.psycopg3_diagnose import (
     one_line,
 )
 from penstock._drivers.psycopg3_guard import Settings
+from penstock._drivers.psycopg3_limit import AsyncLimitsStatements
 from penstock._drivers.psycopg3_link import (
     PgconnLink,
     PsycopgDriver,
@@ -372,7 +373,9 @@ class AsyncPsycopg3Driver(PsycopgDriver):
 async def _linked(handle: PGconn, recipe: Recipe, deadline: float) -> AsyncPsycopg3Link:
     """Build the connection as psycopg's `connect()` would, and set the session up."""
     kind = recipe.connection_class or psycopg.AsyncConnection
-    conn, touched = connection_over(handle, recipe, psycopg.AsyncConnection, *in_front_of(kind))
+    limits: tuple[type[Any], ...] = (AsyncLimitsStatements,) if recipe.statement_limit else ()
+    in_front = (*limits, *in_front_of(kind))
+    conn, touched = connection_over(handle, recipe, psycopg.AsyncConnection, *in_front)
     link = AsyncPsycopg3Link(conn, handle, touched, resets_session=recipe.reset == "session")
     query = check_interval_query(handle, recipe.server_check_interval)
     if query is not None:

@@ -183,21 +183,22 @@ class Watching(psycopg.BaseConnection[Any]):
 
 
 # Two threads may both make a class for the same base: one is then used for a few connections only.
-_watched_classes: dict[type[Any], type[Any]] = {}
+_watched_classes: dict[tuple[type[Any], ...], type[Any]] = {}
 
 
 def watched(base: type[C], *in_front: type[Any]) -> type[C]:
     """The class to build connections of: a subclass of `base` that looks like it and watches.
 
-    `in_front` are classes that go in front of it as well, always the same for one base.
+    `in_front` are classes that go in front of it as well.
     """
-    if base not in _watched_classes:
+    key = (*in_front, base)
+    if key not in _watched_classes:
         made = new_class(base.__name__, (*in_front, Watching, base))
         made.__qualname__ = base.__qualname__
         made.__module__ = base.__module__
         made.__doc__ = base.__doc__
-        _watched_classes[base] = made
-    return cast("type[C]", _watched_classes[base])
+        _watched_classes[key] = made
+    return cast("type[C]", _watched_classes[key])
 
 
 class WatchedTypes(TypesRegistry):

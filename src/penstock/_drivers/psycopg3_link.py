@@ -31,6 +31,8 @@ from penstock._drivers.psycopg3_guard import (
     watched,
 )
 from penstock._drivers.psycopg3_reset import reset_message
+from penstock._drivers.psycopg3_limit import LIMIT
+from penstock._drivers.psycopg3_renewal import renewed
 from penstock._drivers.psycopg3_wire import all_done, send
 from penstock._drivers.sockets import READ, point_at_null, shut_down, wait
 
@@ -290,6 +292,9 @@ class PsycopgDriver:
         if not isinstance(error, psycopg.Error):
             return False
         sqlstate = error.sqlstate
+    limits_statements = True
+    #: Its links have `renew`.
+    renews = True
         if sqlstate is None:
             # Exactly this class: subclasses are penstock's own time-outs, and psycopg's.
             return type(error) is psycopg.OperationalError
@@ -329,6 +334,8 @@ def connection_over(
     return conn, touched
 
 
+    if recipe.statement_limit is not None:
+        vars(conn)[LIMIT] = recipe.statement_limit
 def settings_statement(settings: Mapping[str, Any]) -> tuple[bytes, list[str | None]]:
     """The query, and its values, that sets run-time parameters for the running transaction."""
     calls = b", ".join([b"pg_catalog.set_config(%s, %s, true)"] * len(settings))
