@@ -36,8 +36,8 @@ from penstock.opening import Opener
 from penstock.reports import Health, Reporter
 from penstock.result import Result
 from penstock.secret import Hidden
-
 from penstock.statement_limit import limit_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType

@@ -30,9 +30,8 @@ from penstock._drivers.psycopg3_guard import (
     is_inside_block,
     watched,
 )
-from penstock._drivers.psycopg3_reset import reset_message
 from penstock._drivers.psycopg3_limit import LIMIT
-from penstock._drivers.psycopg3_renewal import renewed
+from penstock._drivers.psycopg3_reset import reset_message
 from penstock._drivers.psycopg3_wire import all_done, send
 from penstock._drivers.sockets import READ, point_at_null, shut_down, wait
 
@@ -280,6 +279,7 @@ class PsycopgDriver:
     name = "psycopg"
     #: Its links have `attributes`, `handle`, `dead` and `touched`: a lease may swap by itself.
     pgconn_shaped = True
+    limits_statements = True
     operational_error: type[Exception] = psycopg.OperationalError
     interface_error: type[Exception] = psycopg.InterfaceError
 
@@ -292,9 +292,6 @@ class PsycopgDriver:
         if not isinstance(error, psycopg.Error):
             return False
         sqlstate = error.sqlstate
-    limits_statements = True
-    #: Its links have `renew`.
-    renews = True
         if sqlstate is None:
             # Exactly this class: subclasses are penstock's own time-outs, and psycopg's.
             return type(error) is psycopg.OperationalError
@@ -322,6 +319,8 @@ def connection_over(
         )
     options = driver_options(recipe)
     conn: Any = watched(cls, *in_front)(handle)
+    if recipe.statement_limit is not None:
+        vars(conn)[LIMIT] = recipe.statement_limit
     context = options.get("context")
     touched = equip(conn, None if context is None else context.adapters)
     conn.prepare_threshold = options.get("prepare_threshold", 5)
@@ -334,8 +333,6 @@ def connection_over(
     return conn, touched
 
 
-    if recipe.statement_limit is not None:
-        vars(conn)[LIMIT] = recipe.statement_limit
 def settings_statement(settings: Mapping[str, Any]) -> tuple[bytes, list[str | None]]:
     """The query, and its values, that sets run-time parameters for the running transaction."""
     calls = b", ".join([b"pg_catalog.set_config(%s, %s, true)"] * len(settings))

@@ -380,6 +380,11 @@ class Machine:
         self._end_idle(slot, Reason.HUNG_UP, orders)
         return orders + self.look_again(now)
 
+    def doubt(self, _now: float) -> list[Order]:
+        """A lent session has stopped answering: others are pinged before they are lent again."""
+        self._doubt()
+        return []
+
     # -- the whole pool ---------------------------------------------------------------------------
 
     def open(self, now: float) -> list[Order]:
@@ -388,11 +393,6 @@ class Machine:
             self.outage = None
             self.phase = Phase.OPEN
         return self.tick(now)
-    def doubt(self, _now: float) -> list[Order]:
-        """A lent session has stopped answering: others are pinged before they are lent again."""
-        self._doubt()
-        return []
-
 
     def close(self, now: float) -> list[Order]:
         """Refuse everybody from now on; idle connections end now, those in use when given back."""
