@@ -5,8 +5,9 @@ hooks: `os.register_at_fork`, and `page`, one private page of memory that the ke
 child. A borrower reads ``page[0]`` (14 ns against 147 ns for getpid) and calls `noticed()` on 0.
 
 The child's side runs once per fork: process-wide parts first (`on_after_in_child`: keeper, watcher),
-then each registered pool. Only when all have run is the page armed: a child that is interrupted in
-the middle does all of it again, so every handler must be repeatable.
+then each registered pool, then what is to come after them (`on_after_pools_in_child`). Only when all
+have run is the page armed: a child that is interrupted in the middle does all of it again, so every
+handler must be repeatable.
 
 It must not know: what a pool, a keeper or a watcher is. It calls what it was given.
 
@@ -106,6 +107,7 @@ _pools: dict[int, weakref.ref[Forkable]] = {}
 _before: list[Callable[[float], object]] = []
 _in_parent: list[Callable[[], object]] = []
 _in_child: list[Callable[[], object]] = []
+_in_child_at_last: list[Callable[[], object]] = []
 
 _not_hooked = [True]  # popping is atomic: whoever gets the element registers the hooks
 
@@ -196,9 +198,20 @@ def on_after_in_child(call: Callable[[], object]) -> None:
         _in_child.append(call)
 
 
+def on_after_pools_in_child(call: Callable[[], object]) -> None:
+    """Call `call` in each child, in the order given, when the pools have let go of what is theirs.
+
+    Args:
+        call: as of `on_after_in_child`.
+    """
+    install()
+    if call not in _in_child_at_last:
+        _in_child_at_last.append(call)
+
+
 def forget(call: Callable[..., object]) -> None:
-    """Take `call` out of all three lists; unknown ones are ignored."""
-    for calls in (_before, _in_parent, _in_child):
+    """Take `call` out of all lists; unknown ones are ignored."""
+    for calls in (_before, _in_parent, _in_child, _in_child_at_last):
         if call in calls:
             calls.remove(call)
 
@@ -285,6 +298,7 @@ def _child_side(pid: int, turn: _Turn) -> list[BaseException]:
 def _tell_child() -> list[BaseException]:
     failures = [_try(call) for call in tuple(_in_child)]
     failures += [_try(pool.after_fork_in_child) for pool in registered()]
+    failures += [_try(call) for call in tuple(_in_child_at_last)]
     return [failure for failure in failures if failure is not None]
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 
+from penstock._drivers import under_way
 from penstock._drivers.asyncpg_passfile import password_for
 from penstock._drivers.asyncpg_tls import tls_options
 from penstock._drivers.side_threads import call_aside
@@ -296,7 +297,10 @@ async def _connected(
     given |= _server_settings(attempt, options, recipe)
     given |= {"host": attempt["address"], "port": int(attempt["port"])}
     where = attempt["host"] if is_local else f"{attempt['address']}:{attempt['port']}"
-    return await _connected_by(given, where)
+    with under_way.searching([attempt["port"]]):
+        conn = await _connected_by(given, where)
+        under_way.note(conn._transport.get_extra_info("socket").fileno())
+        return conn
 
 
 async def _connected_by(given: Words, where: str) -> Any:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import psycopg2
 from psycopg2.extensions import connection, make_dsn, parse_dsn
 
+from penstock._drivers import under_way
 from penstock._drivers.psycopg2_guard import Classes, classes_for
 from penstock._drivers.sockets import seconds_to
 from penstock.conninfo import to_conninfo
@@ -176,20 +177,29 @@ def connect(recipe: Recipe, deadline: float) -> tuple[connection, Classes]:
     """
     factory = _factory(recipe)
     params = bounded(resolved(connection_params(recipe)), deadline)
-    dsn = Secret(to_conninfo(params))
+    dsn, ports = Secret(to_conninfo(params)), _ports(params)
     del params
     cursor_factory = recipe.kwargs.get("cursor_factory")
     if isinstance(factory, type):
         classes = classes_for(factory)
-        return _connected(dsn, classes.live, cursor_factory), classes
-    conn = _connected(dsn, factory, cursor_factory)
+        return _connected(dsn, ports, classes.live, cursor_factory), classes
+    conn = _connected(dsn, ports, factory, cursor_factory)
     return conn, _changed(conn)
 
 
-def _connected(dsn: str, factory: Callable[..., Any], cursor_factory: Any) -> connection:
-    conn: connection = psycopg2.connect(
-        dsn, connection_factory=factory, cursor_factory=cursor_factory
-    )
+def _ports(params: Params) -> list[str]:
+    """What the sockets of a connect lead to; a service's file may name others, which are not known."""
+    return (params.get("port") or os.environ.get("PGPORT") or "5432").split(",")
+
+
+def _connected(
+    dsn: str, ports: list[str], factory: Callable[..., Any], cursor_factory: Any
+) -> connection:
+    with under_way.searching(ports):
+        conn: connection = psycopg2.connect(
+            dsn, connection_factory=factory, cursor_factory=cursor_factory
+        )
+        under_way.note(conn.fileno())
     return conn
 
 

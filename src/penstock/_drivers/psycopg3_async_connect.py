@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from penstock._drivers import psycopg3_connect as connecting
+from penstock._drivers import under_way
 from penstock._drivers.awaiting import wait
 from penstock._drivers.side_threads import call_aside
 
@@ -119,7 +120,9 @@ async def _step_until_connected(handle: PGconn, attempt: Params, until: float) -
     wanted = connecting.first_step(handle)
     while wanted:
         # The descriptor can change between steps: ask each time.
-        if not await wait(handle.socket, wanted, until):
+        fd = handle.socket
+        under_way.note(fd)
+        if not await wait(fd, wanted, until):
             raise connecting.too_late(attempt)
         wanted = connecting.next_step(handle.connect_poll())
     connecting.check_connected(handle)

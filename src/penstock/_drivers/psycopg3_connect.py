@@ -21,6 +21,7 @@ import psycopg
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from penstock._drivers import under_way
 from penstock._drivers.sockets import READ, WRITE, wait
 from penstock.secret import Secret, is_secret
 
@@ -290,7 +291,9 @@ def _step_until_connected(handle: PGconn, attempt: Params, until: float) -> None
     wanted = first_step(handle)
     while wanted:
         # The descriptor can change between steps (TLS refused, next address): ask each time.
-        if not wait(handle.socket, wanted, until):
+        fd = handle.socket
+        under_way.note(fd)
+        if not wait(fd, wanted, until):
             raise too_late(attempt)
         wanted = next_step(handle.connect_poll())
     check_connected(handle)
