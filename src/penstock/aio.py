@@ -37,7 +37,7 @@ from penstock.result import Result
 from penstock.secret import Hidden
 from penstock.statement_limit import limit_of
 from penstock.task_reports import TaskReporter
-from penstock.threads import abandon, new, next_name
+from penstock.threads import abandon, new, next_name, refuse_guard_without_renewal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -157,6 +157,7 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         self._config = config
         self.name: str = config.name or next_name()
         self._driver = _drivers.chosen(config.driver, asynchronous=True)
+        refuse_guard_without_renewal(config, self._driver)
         self._timeout = FOREVER if config.timeout is None else config.timeout
         self._home = weakref.ref(self)
         self._plain = _wants_nothing_special(config)
@@ -559,6 +560,7 @@ def _wants_nothing_special(config: PoolConfig) -> bool:
     return (
         watch.available()
         and config.reset == "rollback"
+        and not config.guard
         and config.on_borrow is None
         and config.check is None
     )

@@ -36,6 +36,7 @@ from penstock.borrowing import (
     LEAST_PING_SECONDS,
     PING_SECONDS,
     PING_SHARE,
+    STILL_HELD,
     TIDY_SECONDS,
     GivenBack,
     explain_by,
@@ -256,12 +257,15 @@ class AsyncBorrowing(AsyncUpkeep):
             except PenstockError as error:
                 explain_by(error, refusal, seconds)
                 raise
-        slot.link.lend()
         return slot
 
     async def _check(self, slot: Slot, deadline: float) -> Exception | None:
-        """Why not to lend it: it hung up, or the user's `check` raised; then it is closed."""
+        """Lend it, or close it and tell why: somebody has the object, it hung up, `check` raised."""
         link = slot.link
+        if self._config.guard and not link.renew():
+            self._return(slot, Verdict.UNCLEAN)
+            return self._too_late(STILL_HELD)
+        link.lend()
         if not watch.available() and link.hung_up():
             link.park()
             self._return(slot, Verdict.BROKEN)

@@ -49,6 +49,9 @@ LEAST_PING_SECONDS: Final = 0.1
 
 FOREVER: Final = float("inf")
 
+#: With `guard`, of a driver that cannot make another object over the session.
+STILL_HELD: Final = "somebody still has this connection object, which was given back"
+
 _log = logging.getLogger("penstock")
 
 
@@ -258,11 +261,13 @@ class Borrowing(Upkeep):
             except PenstockError as error:
                 explain_by(error, refusal, seconds)
                 raise
-        slot.link.lend()
         return slot
 
     def _check(self, link: Any, deadline: float) -> Exception | None:
-        """Why not to lend it: it hung up, or the user's `check` raised."""
+        """Lend it, or tell why not: somebody has the object, it hung up, the user's `check` raised."""
+        if self._config.guard and not link.renew():
+            return self._too_late(STILL_HELD)
+        link.lend()
         if not watch.available() and link.hung_up():
             return self._too_late("the server ended the session")
         check = self._config.check

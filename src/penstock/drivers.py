@@ -19,6 +19,7 @@ from penstock._drivers.protocol import (
     Driver,
     Link,
     Recipe,
+    Renewable,
     Reply,
 )
 
@@ -30,5 +31,6 @@ __all__ = [
     "Driver",
     "Link",
     "Recipe",
+    "Renewable",
     "Reply",
 ]

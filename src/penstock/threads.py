@@ -31,6 +31,7 @@ from penstock.borrowing import FOREVER, Borrowing, notice_fork
 from penstock.clock import clock
 from penstock.config import PoolConfig
 from penstock.dedicated import Opening
+from penstock.errors import ConfigError
 from penstock.lease import CarefulLease, ClassLease, Lease, PgconnLease
 from penstock.opening import Opener
 from penstock.reports import Health, Reporter
@@ -153,6 +154,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         self.name: str = config.name or next_name()
         self._driver = _drivers.chosen(config.driver, asynchronous=False)
         self._timeout = FOREVER if config.timeout is None else config.timeout
+        refuse_guard_without_renewal(config, self._driver)
         self._lease = _lease_class(self._driver)
         self._plain = _wants_nothing_special(config)
         self._lock = hub.Lock()
@@ -499,8 +501,18 @@ def _wants_nothing_special(config: PoolConfig) -> bool:
     return (
         watch.available()
         and config.reset == "rollback"
+        and not config.guard
         and all(option is None for option in special)
     )
+
+
+def refuse_guard_without_renewal(config: PoolConfig, driver: Any) -> None:
+    """Raise ConfigError where `guard` is asked for and the driver cannot do it."""
+    if config.guard and not getattr(driver, "renews", False):
+        raise ConfigError(
+            "guard", "True", f"False with driver {driver.name!r}, whose links have no renew()",
+            pool=config.name,
+        )  # fmt: skip
 
 
 def _lease_class(driver: Any) -> type[Lease[Any]]:

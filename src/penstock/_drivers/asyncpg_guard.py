@@ -112,7 +112,7 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
     def __init__(self, protocol: Any, *args: Any, **kwargs: Any) -> None:
         self._penstock = Watch(protocol)  # type: ignore[misc]  # the slot is the made class's
         super().__init__(protocol, *args, **kwargs)
-        _siblings(self).add(self)
+        siblings(self).add(self)
 
     def __del__(self) -> None:
         watch: Watch | None = getattr(self, "_penstock", None)
@@ -300,11 +300,11 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
 
     def _drop_global_statement_cache(self) -> None:
         # The schema has changed for all: in a transaction each would fail once by itself.
-        for each in list(_siblings(self)):
+        for each in list(siblings(self)):
             each._drop_local_statement_cache()
 
     def _drop_global_type_cache(self) -> None:
-        for each in list(_siblings(self)):
+        for each in list(siblings(self)):
             each._drop_local_type_cache()
 
     def _is_parked(self) -> bool:
@@ -331,7 +331,8 @@ def _finish(future: Any) -> None:
 _families: dict[tuple[int, Any, Any], WeakSet[Any]] = {}
 
 
-def _siblings(conn: Any) -> WeakSet[Any]:
+def siblings(conn: Any) -> WeakSet[Any]:
+    """The connections of its loop to its database, itself among them."""
     key = (id(conn._loop), conn._addr, conn._params.database)
     return _families.setdefault(key, WeakSet())
 

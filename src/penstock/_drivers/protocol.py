@@ -190,11 +190,25 @@ class Link(Protocol[ConnT]):
         """
 
 
+class Renewable(Protocol):
+    """What a link has, besides, whose driver says `renews = True`: the pool's `guard` can be on."""
+
+    def renew(self) -> bool:
+        """See to it that nobody but the next borrower has the connection object.
+
+        Called before each `lend` of a pool with `guard=True`, while parked and clean. Where somebody
+        still holds `conn` (`sys.getrefcount` tells), put another object over the same session in its
+        place, with everything that the old one had; the old one raises from then on, for ever. Where
+        the library cannot do that, end the session and return False: the pool takes another link.
+        """
+
+
 class Driver(Protocol[ConnT]):
     """A database library.
 
     Beside what is below it may have `limits_statements`: True if it heeds a recipe's
     `statement_limit`. Without it, a pool that is told a `statement_timeout_client` refuses the driver.
+    And `renews`: True if its links are `Renewable`; without it, a pool with `guard=True` refuses the driver.
     """
 
     name: str
@@ -299,6 +313,7 @@ class AsyncDriver(Protocol[ConnT]):
 
     Beside what is below it may have `limits_statements`: True if it heeds a recipe's
     `statement_limit`. Without it, a pool that is told a `statement_timeout_client` refuses the driver.
+    And `renews`: True if its links are `Renewable`; without it, a pool with `guard=True` refuses the driver.
     """
 
     name: str

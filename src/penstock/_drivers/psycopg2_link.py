@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager, suppress
+from sys import getrefcount
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg2
@@ -38,6 +39,7 @@ from penstock._drivers.psycopg2_guard import (
     equip,
     set_autocommit,
 )
+from penstock._drivers.renewal import ALONE
 from penstock._drivers.session_reset import LEARN, reset_message
 from penstock._drivers.sockets import READ, deadline_in, point_at_null, shut_down, wait
 
@@ -54,6 +56,9 @@ _ACTIVITY: Final = {
     2: Activity.IN_TRANSACTION,
     3: Activity.IN_FAILED_TRANSACTION,
 }
+
+#: A link's references to its connection: `conn`, and `status`, which is bound to it.
+_OURS: Final = ALONE + 1
 
 #: How long the reset of a session may take at its return, in seconds: it is one round trip.
 RESET_SECONDS: Final = 5.0
@@ -82,6 +87,7 @@ class Psycopg2Link:
         "_reset",
         "_settings",
         "_tended",
+        "_was_lent",
         "conn",
         "dead",
         "fd",
@@ -97,6 +103,7 @@ class Psycopg2Link:
         self.fd: int = conn.fileno()
         self._inode = os.fstat(self.fd).st_ino
         self.status: Callable[[], int] = RAW["get_transaction_status"].__get__(conn)
+        self._was_lent = False
         self.touched = equip(conn)
         self._reset = reset_message(self._login()) if resets_session else None
         self._remember()
@@ -127,6 +134,18 @@ class Psycopg2Link:
             or self.odd_types
         ):
             return self._settle()
+        return True
+
+    def renew(self) -> bool:
+        """Whether the next borrower's object is his alone. False: somebody had it; it is closed.
+
+        A psycopg2 connection is one object in C, of which no second one can be made. What was never
+        lent is nobody's, whatever `configure` has kept.
+        """
+        if self._was_lent and getrefcount(self.conn) > _OURS:
+            self.close()
+            return False
+        self._was_lent = True
         return True
 
     def _settle(self) -> bool:

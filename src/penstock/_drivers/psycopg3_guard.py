@@ -22,6 +22,8 @@ from psycopg.adapt import AdaptersMap
 from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 from psycopg.types import TypesRegistry
 
+from penstock._drivers.misuse import GIVEN_BACK, INHERITED_SESSION, misuse_error
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -33,11 +35,7 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="BaseConnection[Any]")
 
-GIVEN_BACK: Final = "this connection was given back to its pool; borrow another"
-INHERITED_SESSION: Final = (
-    "this connection was opened before the fork, and its session is the parent process's; borrow "
-    "another here"
-)
+Misuse: Final = misuse_error("psycopg", psycopg.InterfaceError)
 
 
 class DeadHandle:
@@ -63,7 +61,7 @@ class DeadHandle:
         self.why = why
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise psycopg.InterfaceError(self.why)
+        raise Misuse(self.why)
 
 
 DEAD: Final = cast("PGconn", DeadHandle(GIVEN_BACK))
@@ -119,7 +117,7 @@ def _note(conn: AnyConnection, name: str, value: object) -> None:
     is_open = _OPEN_BLOCKS.get(name)
     if is_open is None:
         if isinstance(handle := attributes["pgconn"], DeadHandle):
-            raise psycopg.InterfaceError(handle.why)
+            raise Misuse(handle.why)
         touched.add(name)
     elif is_open(value):
         touched.add(name)
@@ -178,7 +176,7 @@ class Watching(psycopg.BaseConnection[Any]):
         if self.pgconn.status == ConnStatus.OK:
             return
         if isinstance(self.pgconn, DeadHandle):
-            raise psycopg.InterfaceError(self.pgconn.why)
+            raise Misuse(self.pgconn.why)
         super()._check_connection_ok()
 
 
@@ -263,6 +261,11 @@ def noted_of(conn: AnyConnection) -> set[str]:
     """The set that notes what has been changed of a connection, the same as the link's."""
     touched: set[str] = vars(conn)[_NOTE]
     return touched
+
+
+def forget_notes(conn: AnyConnection) -> None:
+    """Let what becomes of this object be noted nowhere that anybody looks."""
+    vars(conn)[_NOTE] = set()
 
 
 def equip(conn: AnyConnection, adapters: AdaptersMap | None) -> set[str]:

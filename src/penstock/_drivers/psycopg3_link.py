@@ -15,6 +15,7 @@ handle itself and never goes through the connection's.
 from __future__ import annotations
 
 import os
+from sys import getrefcount
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import psycopg
@@ -31,8 +32,10 @@ from penstock._drivers.psycopg3_guard import (
     watched,
 )
 from penstock._drivers.psycopg3_limit import LIMIT
+from penstock._drivers.psycopg3_renewal import renewed
 from penstock._drivers.psycopg3_reset import reset_message
 from penstock._drivers.psycopg3_wire import all_done, send
+from penstock._drivers.renewal import ALONE
 from penstock._drivers.sockets import READ, point_at_null, shut_down, wait
 
 if TYPE_CHECKING:
@@ -120,6 +123,16 @@ class PgconnLink:
         # IDLE and OFF are 0 in libpq.
         if handle.transaction_status or handle.pipeline_status or self.touched:
             return self._settle()
+        return True
+
+    def renew(self) -> bool:
+        """See to it that the next borrower's object is his alone: make a new one if anybody has this.
+
+        For a parked link that is clean. 15 ns where nobody has it.
+        """
+        if getrefcount(self.conn) > ALONE:
+            self.conn = renewed(self.conn, self.handle)
+            self.attributes = vars(self.conn)
         return True
 
     def _settle(self) -> bool:
@@ -280,6 +293,8 @@ class PsycopgDriver:
     #: Its links have `attributes`, `handle`, `dead` and `touched`: a lease may swap by itself.
     pgconn_shaped = True
     limits_statements = True
+    #: Its links have `renew`.
+    renews = True
     operational_error: type[Exception] = psycopg.OperationalError
     interface_error: type[Exception] = psycopg.InterfaceError
 

@@ -239,6 +239,7 @@ class AsyncFakeDriver:
     """
 
     name = "fake"
+    renews = True
     operational_error: type[Exception] = FakeOperationalError
     interface_error: type[Exception] = FakeInterfaceError
 

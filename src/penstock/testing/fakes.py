@@ -24,7 +24,7 @@ import os
 import socket
 import threading
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 from penstock._drivers.protocol import Activity, Diagnosis, Recipe, Reply
 
@@ -254,6 +254,24 @@ class FakeConnection:
         self._link.close()
 
 
+class _Gone:
+    """What a connection object leads to when its session is lent as another object (`guard`)."""
+
+    ended = True
+
+    def close(self) -> _Gone:
+        return self
+
+    def __await__(self) -> Iterator[None]:  # of the asyncio fakes' close()
+        return iter(())
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise FakeInterfaceError("the connection is closed")
+
+
+_NOBODYS: Final = _Gone()
+
+
 class FakeEnd:
     """The client's end of one session of a `FakeServer`: what a link of any kind does without waiting.
 
@@ -293,6 +311,12 @@ class FakeEnd:
         self.user = None
         self._parked = True
         return self.activity() is Activity.IDLE and self.conn.autocommit == self._autocommit
+
+    def renew(self) -> bool:
+        former = self.conn
+        self.conn = type(former)(self, autocommit=former.autocommit)
+        former._link = _NOBODYS  # noqa: SLF001  ours
+        return True
 
     def activity(self) -> Activity:
         return Activity.BROKEN if self.ended else self._activity
@@ -444,6 +468,7 @@ class FakeDriver:
     """A driver for penstock over a `FakeServer`; see `penstock._drivers.protocol.Driver`."""
 
     name = "fake"
+    renews = True
     operational_error: type[Exception] = FakeOperationalError
     interface_error: type[Exception] = FakeInterfaceError
 
