@@ -74,10 +74,10 @@ class ForgetsWaiters(Machine):
 class OneTooMany(Machine):
     __slots__ = ()
 
-    def _may_grow(self):
+    def _may_grow(self, now):
         if len(self.refs) == self.limits.max_size:
             return len(self.opening) < len(self.waiters)
-        return super()._may_grow()
+        return super()._may_grow(now)
 
 
 @fault("a broken connection is put back")
@@ -93,7 +93,7 @@ class ManyProbes(Machine):
     __slots__ = ()
 
     def _should_open(self, now, orders):
-        return super()._should_open(now, orders) or self._may_grow()
+        return super()._should_open(now, orders) or self._may_grow(now)
 
 
 @fault("an orphan is lent again as it is")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from penstock._drivers.protocol import Recipe
 from penstock._machine.machine import DONE, LOOK_AGAIN, Machine, Phase, Refusal, Verdict, Waiter
 from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TickAt
+from penstock._machine.pace import AFTER, WAVE_EVERY
 from penstock._machine.slot import Reason, Slot, SlotRef, SlotState
 from penstock.testing import FakeClock, FakeDriver, FakeError, FakeLink, FakeServer, Mode
 
@@ -546,11 +547,23 @@ class World:
         assert not machine.aside, "somebody waits beside an idle connection"
         if len(machine.refs) >= machine.limits.max_size or len(machine.opening) >= waiting:
             return
-        assert machine.outage is not None, "somebody waits, and there is room for one more"
-        if not machine.opening:
+        if machine.outage is None:
+            self._check_that_it_is_held_back()
+        elif not machine.opening:
             due = max(machine.outage.next_for_waiters, self.now)
             assert self.alarms, "nobody will try again"
             assert min(self.alarms) <= due, "nobody will try again in time"
+
+    def _check_that_it_is_held_back(self) -> None:
+        """Somebody waits and there is room for one more: for one connect's time at most, from the first on."""
+        machine = self.machine
+        assert machine.refs, "somebody waits, nothing can come back, and nothing is opened"
+        assert self.alarms, "nobody will look whether one more is wanted"
+        bound = machine.pace.served
+        if bound is None:
+            bound = max(machine.pace.began, self.now) + WAVE_EVERY
+        due = max(self.now, bound + machine.tally.mean_opening()) + 2 * AFTER
+        assert min(self.alarms) <= due, "nobody will look in time whether one more is wanted"
 
     def _check_counters(self) -> None:
         machine, tally = self.machine, self.machine.tally

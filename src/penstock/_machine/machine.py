@@ -61,6 +61,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .orders import Close, Open, Order, Overdue, ReportOutage, TickAt
 from .outage import Outage
+from .pace import Pace
 from .policy import Limits, retire_at
 from .schedule import CONNECTED, due_times
 from .slot import Move, Reason, Slot, SlotRef, SlotState, refer_to
@@ -130,6 +131,7 @@ class Machine:
         "opening",
         "orphans",
         "outage",
+        "pace",
         "phase",
         "ping_after",
         "random",
@@ -170,6 +172,7 @@ class Machine:
         self.opening: dict[int, SlotRef] = {}
         self.waiters: OrderedDict[int, weakref.ref[Waiter]] = OrderedDict()
         self.outage: Outage | None = None
+        self.pace = Pace()
         self.armed = float("inf")
         self.tally = Tally()
 
@@ -219,6 +222,8 @@ class Machine:
             return self.look_again(now)
         waiter.ticket = self.serials = self.serials + 1
         waiter.queued_at = now
+        if not self.waiters:
+            self.pace.begin(now)
         self.waiters[waiter.ticket] = weakref.ref(waiter)  # be seen, then look
         return self.look_again(now)
 
@@ -296,6 +301,8 @@ class Machine:
             self._end(slot, bad, orders)
         else:
             slot.ref.borrows += 1  # type: ignore[union-attr]  # _has() says that it has one
+            if self.waiters:
+                self.pace.returned(now)
             self._settle(slot, now, orders)
         return orders + self.look_again(now)
 
@@ -319,6 +326,7 @@ class Machine:
         slot.move(Move.OPENED)
         if slot.generation == self.generation:
             self.outage = None
+            self.pace.opened(now)
             slot.vouch(self.epoch)
         self._settle(slot, now, orders)
         orders += self.look_again(now)
@@ -620,9 +628,18 @@ class Machine:
             self.refs[ref.serial] = ref
             self.opening[ref.serial] = ref
             orders.append(Open(slot))
+        self._look_later(now, orders)
+
+    def _look_later(self, now: float, orders: list[Order]) -> None:
+        """If fewer are being opened than could be, look again when that may be too few."""
+        waiting, opening = len(self.waiters), len(self.opening)
+        if opening < waiting and self.outage is None and self._may_open():
+            due = self.pace.look_at(now, waiting, opening, self.tally.mean_opening())
+            if due < NEVER:
+                self._arm_for(due, now, orders)
 
     def _should_open(self, now: float, orders: list[Order]) -> bool:
-        if not self._may_grow():
+        if not self._may_grow(now):
             return False
         outage = self.outage
         if outage is None:
@@ -635,16 +652,27 @@ class Machine:
         orders.append(TickAt(due))
         return False
 
-    def _may_grow(self) -> bool:
+    def _may_open(self) -> bool:
+        return self.phase is Phase.OPEN and len(self.refs) < self.limits.max_size
+
+    def _may_grow(self, now: float) -> bool:
         """Whether one more connection is wanted, and allowed."""
-        if self.phase is not Phase.OPEN or len(self.refs) >= self.limits.max_size:
+        if not self._may_open():
             return False
-        if len(self.opening) < len(self.waiters):
+        if len(self.opening) < self._wanted(now):
             return True
         # Nobody waits. Before the first connection of all, open one and see: a wrong password is
         # then one failed login, not min_size of them.
         unproven = self.opening and not self.tally.opened
         return len(self.refs) < self.limits.min_size and not unproven
+
+    def _wanted(self, now: float) -> int:
+        """How many openings should be under way for those who wait."""
+        waiting, opening = len(self.waiters), len(self.opening)
+        # With no slot but those, nothing can come back; in an outage there is one probe at a time.
+        if opening < waiting and self.outage is None and len(self.refs) > 0:
+            return self.pace.wanted(now, waiting, self.tally.mean_opening())
+        return waiting
 
     def _report_outage(self, now: float, orders: list[Order]) -> None:
         outage = self.outage
@@ -784,7 +812,7 @@ class Machine:
         shrinkable = self._connected() > self.limits.min_size
         due = min(due_times(self.slots(), self.limits, now, shrinkable=shrinkable), default=NEVER)
         outage = self.outage
-        if outage is not None and not self.opening and self._may_grow():
+        if outage is not None and not self.opening and self._may_grow(now):
             return min(due, outage.due(waited_for=bool(self.waiters)))
         return due
 

@@ -58,6 +58,10 @@ class Tally:
         self.longest_wait = max(self.longest_wait, seconds)
         self.waits[_bucket(seconds)] += 1
 
+    def mean_opening(self) -> float:
+        """Seconds that opening one took, in the mean; 0.0: none was opened yet."""
+        return self.opening_seconds / self.opened if self.opened else 0.0
+
     def connection_closed(self, reason: str, borrows: int) -> None:
         """A slot is gone: keep what it counted."""
         self.closed[reason] = self.closed.get(reason, 0) + 1
