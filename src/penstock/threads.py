@@ -476,6 +476,11 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
 
     # -- small things -----------------------------------------------------------------------------
 
+    def _set_guard(self, *, on: bool) -> None:
+        """For penstock.testing: what is lent from now on is guarded, or not any more."""
+        self._config = self._config.replace(guard=on)
+        self._plain = _wants_nothing_special(self._config)
+
     def _open_dedicated(self, seconds: float) -> Any:
         notice_fork()
         if self._machine.phase is Phase.CLOSED:

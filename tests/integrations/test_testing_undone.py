@@ -802,3 +802,20 @@ def test_a_server_that_ends_the_session_is_told_as_it_is(pool_of, real):
         with pytest.raises((psycopg.OperationalError, ServerUnavailable)):
             pool.execute("select 1")
     assert words(pool) == []
+
+
+def test_a_connection_that_was_given_back_raises_though_its_session_is_lent_again(
+    pool_of: Callable[..., Pool],
+) -> None:
+    pool = pool_of(max_size=1)
+    with undone(pool):
+        with pool.connection() as kept:
+            kept.execute("insert into items values (1, 'one')")
+        with pool.connection() as conn:
+            with pytest.raises(MisuseError):
+                kept.execute("select 1")
+            assert conn.execute("select count(*) from items").fetchone() == (1,)
+    with pool.connection() as kept:
+        pass
+    with pool.connection():
+        kept.execute("select 1")  # as it was before: the pool was made without guard=True

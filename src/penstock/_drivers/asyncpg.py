@@ -49,8 +49,8 @@ class AsyncpgDriver:
     operational_error: type[Exception] = asyncpg.PostgresConnectionError
     interface_error: type[Exception] = asyncpg.InterfaceError
     timeout_error: type[Exception] = AcquireTimeout
-    #: Its links have `renew`.
-    renews = True
+    #: Its links have `renew`, which opens no session.
+    renews = renews_in_place = True
 
     async def open(self, recipe: Recipe, seconds: float | None) -> AsyncpgLink:
         """Connect within `seconds`, name look-up included; the link is lent.

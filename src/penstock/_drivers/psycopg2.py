@@ -35,7 +35,7 @@ class Psycopg2Driver:
     name = "psycopg2"
     #: Its links have `live`, `dead`, `status` and so on: a lease may change classes by itself.
     class_shaped = True
-    #: Its links have `renew`.
+    #: Its links have `renew`, but it costs a session.
     renews = True
     operational_error: type[Exception] = psycopg2.OperationalError
     interface_error: type[Exception] = psycopg2.InterfaceError

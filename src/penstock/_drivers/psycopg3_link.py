@@ -293,8 +293,8 @@ class PsycopgDriver:
     #: Its links have `attributes`, `handle`, `dead` and `touched`: a lease may swap by itself.
     pgconn_shaped = True
     limits_statements = True
-    #: Its links have `renew`.
-    renews = True
+    #: Its links have `renew`, which opens no session.
+    renews = renews_in_place = True
     operational_error: type[Exception] = psycopg.OperationalError
     interface_error: type[Exception] = psycopg.InterfaceError
 

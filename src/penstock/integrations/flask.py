@@ -263,7 +263,9 @@ class Penstock(Database[ConnT]):
                 next_step="either Penstock(app) or init_app(app), once per app",
             )
         defaults = {"connection_class": self._connection_class} if self._connection_class else {}
-        settings = flask_settings.read(Hidden(app.config), app.name, defaults)
+        settings = flask_settings.read(
+            Hidden(app.config), app.name, defaults, debug=bool(app.debug)
+        )
         if settings.retry_after is not None:  # first: Flask refuses it once it has served
             _answer_with_503(app, settings.retry_after)
         app_pools = AppPools(self, app, settings)

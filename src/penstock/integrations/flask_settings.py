@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Final
 
+from penstock import _drivers
 from penstock import settings as pool_settings
 from penstock.errors import ConfigError
 from penstock.secret import Hidden
@@ -57,13 +58,17 @@ class Settings:
     retry_after: int | None
 
 
-def read(config: Hidden[Any], app_name: str, defaults: Mapping[str, Any]) -> Settings:
+def read(
+    config: Hidden[Any], app_name: str, defaults: Mapping[str, Any], *, debug: bool = False
+) -> Settings:
     """Read an app's configuration, and set what is missing to its default.
 
     Args:
         config: the app's; a mapping with `setdefault`.
         app_name: the pools are named after it.
         defaults: pool options that every setting overrides.
+        debug: the app is in debug mode: pools have `guard=True` where that costs no session, and
+            nothing says otherwise.
 
     Raises:
         ConfigError: naming the key of the app's configuration.
@@ -73,7 +78,7 @@ def read(config: Hidden[Any], app_name: str, defaults: Mapping[str, Any]) -> Set
         # a copy: an app may add to its own later, and must not add to every other app's
         config.value.setdefault(key, copy(default))
     return Settings(
-        pools=_pools(config, app_name, defaults),
+        pools=_pools(config, app_name, defaults, debug=debug),
         transactions=_mode(config.value[TRANSACTIONS]),
         retry_after=_seconds(config.value[RETRY_AFTER]),
     )
@@ -107,7 +112,9 @@ def _seconds(given: Any) -> int | None:
     return given  # type: ignore[no-any-return]  # just looked at
 
 
-def _pools(config: Hidden[Any], app_name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def _pools(
+    config: Hidden[Any], app_name: str, defaults: Mapping[str, Any], *, debug: bool
+) -> dict[str, Any]:
     sections = {}
     if config.value[URI] is not None:
         sections[MAIN] = _database(Hidden(config.value[URI]), URI, app_name)
@@ -122,7 +129,7 @@ def _pools(config: Hidden[Any], app_name: str, defaults: Mapping[str, Any]) -> d
         )
     shared = _entries(Hidden(config.value[OPTIONS]), OPTIONS)
     shared = _with(shared, tuple(Entry(key, key, value) for key, value in defaults.items()))
-    return {key: _pool(section, shared) for key, section in sections.items()}
+    return {key: _pool(section, shared, debug=debug) for key, section in sections.items()}
 
 
 def _database(source: Hidden[Any], place: str, name: str) -> Section:
@@ -160,10 +167,14 @@ def _with(entries: tuple[Entry, ...], others: tuple[Entry, ...]) -> tuple[Entry,
     return entries + tuple(added)
 
 
-def _pool(section: Section, shared: tuple[Entry, ...]) -> ConnectionPool[Any]:
+def _pool(section: Section, shared: tuple[Entry, ...], *, debug: bool) -> ConnectionPool[Any]:
     entries = _with(section.entries, shared)
     # what is wrong is told first of a database's own: if they are right, it is one that all share
     own = any(entry.word not in pool_settings.KEYS for entry in section.entries)
     spelling = section.spelling if own else lambda word: _within(OPTIONS, word)
     made = Section(section.name, entries, spelling=spelling)
-    return ConnectionPool.from_config(pool_config(made))
+    read = pool_config(made)
+    if debug and all(entry.word != "guard" for entry in entries):
+        driver = _drivers.chosen(read.driver, asynchronous=False)
+        read = read.replace(guard=getattr(driver, "renews_in_place", False))
+    return ConnectionPool.from_config(read)

@@ -239,7 +239,7 @@ class AsyncFakeDriver:
     """
 
     name = "fake"
-    renews = True
+    renews = renews_in_place = True
     operational_error: type[Exception] = FakeOperationalError
     interface_error: type[Exception] = FakeInterfaceError
 

@@ -468,7 +468,7 @@ class FakeDriver:
     """A driver for penstock over a `FakeServer`; see `penstock._drivers.protocol.Driver`."""
 
     name = "fake"
-    renews = True
+    renews = renews_in_place = True
     operational_error: type[Exception] = FakeOperationalError
     interface_error: type[Exception] = FakeInterfaceError
 

@@ -65,6 +65,7 @@ def undone(*pools: object, timeout: float | None = None) -> Iterator[Undone]:
     All their connections share one real session and see each other's work at once; a commit is the
     release of a savepoint. Pools with the same address, user and options share the same session.
     Connections that are open already are replaced when they are given back, which this waits for.
+    Inside the block the pools have `guard=True`: what was given back raises when it is used.
 
     Args:
         *pools: `ConnectionPool` objects over psycopg, mappings of them (`Pools`), or whatever has
@@ -165,6 +166,8 @@ class _OpenerAtStandIn(Opener):
 @contextmanager
 def _led_to(session: _Session, pool: Pool) -> Iterator[None]:
     session.pools.append(pool)
+    guarded = pool._config.guard
+    pool._set_guard(on=True)  # a test is where the use of a returned connection is to be found
     former = pool._open_by(_OpenerAtStandIn(pool._opener, session))
     try:
         if lent := _lent_after(pool, session.seconds):
@@ -175,6 +178,7 @@ def _led_to(session: _Session, pool: Pool) -> Iterator[None]:
         yield
     finally:
         pool._open_by(former)
+        pool._set_guard(on=guarded)
     if lent := _lent_after(pool, session.seconds):
         _log.warning(
             "pool %r: the block of undone() ends, and with it connections that are still lent: %s",
