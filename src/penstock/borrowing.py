@@ -74,7 +74,7 @@ class Borrowing(Upkeep):
             )
         # What an interrupt left behind is the keeper's to bring home, and nobody else opens.
         kept = keeper.current()
-        if not kept.ensure_running():
+        if sys.is_finalizing() or not kept.ensure_running():  # what "runs" then, never runs again
             raise self._reporter.ending()
         self._machine.orphans = kept.inbox.put  # another keeper's, since gevent has patched
         if self._machine.phase is Phase.NEW and self._config.open:

@@ -15,7 +15,9 @@ WAYS = (
     "interrupted",
     "garbage",
     "server_down",
+    "borrowed_late",
 )
+SAYS = {"joined": "2\n", "interrupted": "interrupted\n", "borrowed_late": "ServerUnavailable\n"}
 
 
 @pytest.mark.parametrize(
@@ -29,4 +31,4 @@ def test_a_process_ends_and_says_nothing(server, way, driver):
     )
     said = [line for line in done.stderr.splitlines() if "cannot open a connection" not in line]
     assert not said
-    assert done.stdout == {"joined": "2\n", "interrupted": "interrupted\n"}.get(way, "")
+    assert done.stdout == SAYS.get(way, "")
