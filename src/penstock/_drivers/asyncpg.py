@@ -49,6 +49,7 @@ class AsyncpgDriver:
     operational_error: type[Exception] = asyncpg.PostgresConnectionError
     interface_error: type[Exception] = asyncpg.InterfaceError
     timeout_error: type[Exception] = AcquireTimeout
+    limits_statements = True
     #: Its links have `renew`, which opens no session.
     renews = renews_in_place = True
 
@@ -68,9 +69,15 @@ class AsyncpgDriver:
         conn = await connecting.connect(recipe, cls, deadline)
         try:
             loop = asyncio.get_running_loop()
-            link = AsyncpgLink(conn, loop, resets_session=recipe.reset == "session")
+            link = AsyncpgLink(
+                conn,
+                loop,
+                resets_session=recipe.reset == "session",
+                limit=recipe.statement_limit,
+            )
             connecting.keep_alive(link.fd, recipe)
             await _set_check_interval(link, recipe.server_check_interval, deadline)
+            link.lend()
         except BaseException:
             conn.terminate()
             raise

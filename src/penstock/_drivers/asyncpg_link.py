@@ -25,6 +25,7 @@ import asyncpg
 
 from penstock._drivers.asyncpg_end import drop, is_running, look_at
 from penstock._drivers.asyncpg_guard import DEAD, INHERITED, Settings
+from penstock._drivers.asyncpg_limit import LimitedProtocol
 from penstock._drivers.asyncpg_renewal import renewed
 from penstock._drivers.protocol import Activity, Reply
 from penstock._drivers.renewal import ALONE
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
     from penstock._drivers.asyncpg_guard import Watch
+    from penstock._drivers.protocol import StatementLimit
 
 #: What asyncpg raises of its own accord when a statement or a session fails.
 FAILURES: Final = (
@@ -62,6 +64,7 @@ class AsyncpgLink:
     Attributes:
         conn: the connection that borrowers get.
         protocol: asyncpg's protocol object.
+        lent: what stands in its place while it is lent: itself, or one that bounds statements.
         fd: the descriptor of its socket as it was when the link was opened.
         touched: what of the connection has been changed since it was new; empty nearly always.
     """
@@ -80,13 +83,23 @@ class AsyncpgLink:
         "_watch",
         "conn",
         "fd",
+        "lent",
         "protocol",
         "touched",
     )
 
-    def __init__(self, conn: Any, loop: asyncio.AbstractEventLoop, *, resets_session: bool) -> None:
+    def __init__(
+        self,
+        conn: Any,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        resets_session: bool,
+        limit: StatementLimit | None = None,
+    ) -> None:
         self.conn = conn
-        self.protocol = conn._protocol
+        self.protocol = self.lent = conn._protocol
+        if limit is not None:
+            self.lent = LimitedProtocol(self.protocol, limit)
         self._loop = loop
         self._transport = conn._transport
         self.fd: int = self._transport.get_extra_info("socket").fileno()
@@ -107,7 +120,7 @@ class AsyncpgLink:
 
     def lend(self) -> None:
         """Make the connection usable: put the real protocol in its place."""
-        self.conn._protocol = self.protocol
+        self.conn._protocol = self.lent
 
     def park(self) -> bool:
         """Take the protocol away, so that using the returned connection raises; tell if it is clean.
@@ -242,7 +255,7 @@ class AsyncpgLink:
             f"pg_catalog.set_config({literal(name)}, {_setting_text(value)}, true)"
             for name, value in settings.items()
         )
-        await self.protocol.query("select " + ", ".join(calls), None)
+        await self.lent.query("select " + ", ".join(calls), None)
 
     async def execute(self, query: Any, params: Any = None) -> Reply:
         """One statement in autocommit. The connection must be lent.
@@ -293,7 +306,7 @@ class AsyncpgLink:
             return
         if self.hung_up() or self.protocol.is_in_transaction():
             self._forget_transaction()
-            await asyncio.shield(self._start(self.protocol.query("COMMIT", None)))
+            await asyncio.shield(self._start(self.lent.query("COMMIT", None)))
         else:  # the borrower has ended it by SQL
             self._forget_transaction()
 
