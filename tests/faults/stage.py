@@ -19,6 +19,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -164,9 +165,14 @@ class Stage:
         """The row closes this one itself."""
         self._pools.remove(pool)
 
-    def process(self, row: str, **given: Any) -> Worker:
-        """Another process with this runtime and driver, which runs the row's `worker`."""
-        worker: Worker = self._closing.enter_context(Worker(self.name, row, given))
+    def process(self, row: str, *, quiet: bool = False, **given: Any) -> Worker:
+        """Another process with this runtime and driver, which runs the row's `worker`.
+
+        Args:
+            quiet: what it prints as errors is kept for `Worker.errors`.
+            given: the worker's arguments.
+        """
+        worker: Worker = self._closing.enter_context(Worker(self.name, row, given, quiet=quiet))
         return worker
 
     async def aside(self, call: Callable[[], Any]) -> Any:
@@ -283,9 +289,10 @@ class Crowd:
 class Worker:
     """`python -m tests.faults.run` in a process of its own: says lines, gives its last as an answer."""
 
-    def __init__(self, name, row, given):
+    def __init__(self, name, row, given, *, quiet=False):
         self._words = [name, row, "worker"]
         self._given = given
+        self._errors: Any = tempfile.TemporaryFile() if quiet else None  # noqa: SIM115  closed at the exit
         self.process: Any = None
 
     def __enter__(self):
@@ -293,6 +300,7 @@ class Worker:
             [sys.executable, "-m", "tests.faults.run", *self._words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
@@ -311,6 +319,11 @@ class Worker:
         self.process.wait(PATIENCE)
         return json.loads(last)
 
+    def errors(self):
+        """What it has printed as errors; for one that was started `quiet`."""
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace")
+
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(PATIENCE)
@@ -320,3 +333,5 @@ class Worker:
             self.process.kill()
         self.process.wait(PATIENCE)
         self.process.stdout.close()
+        if self._errors is not None:
+            self._errors.close()
