@@ -35,6 +35,7 @@ class Psycopg2Driver:
     name = "psycopg2"
     #: Its links have `live`, `dead`, `status` and so on: a lease may change classes by itself.
     class_shaped = True
+    limits_statements = True
     #: Its links have `renew`, but it costs a session.
     renews = True
     operational_error: type[Exception] = psycopg2.OperationalError

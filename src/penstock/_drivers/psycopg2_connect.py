@@ -20,6 +20,7 @@ from psycopg2.extensions import connection, make_dsn, parse_dsn
 
 from penstock._drivers import under_way
 from penstock._drivers.psycopg2_guard import Classes, classes_for
+from penstock._drivers.psycopg2_limit import LIMIT, Clock, limited_connection
 from penstock._drivers.sockets import seconds_to
 from penstock.conninfo import to_conninfo
 from penstock.secret import Secret, is_secret
@@ -176,15 +177,20 @@ def connect(recipe: Recipe, deadline: float) -> tuple[connection, Classes]:
         psycopg2.ProgrammingError: an option is wrong.
     """
     factory = _factory(recipe)
+    limited = recipe.statement_limit is not None
     params = bounded(resolved(connection_params(recipe)), deadline)
     dsn, ports = Secret(to_conninfo(params)), _ports(params)
     del params
     cursor_factory = recipe.kwargs.get("cursor_factory")
     if isinstance(factory, type):
-        classes = classes_for(factory)
-        return _connected(dsn, ports, classes.live, cursor_factory), classes
-    conn = _connected(dsn, ports, factory, cursor_factory)
-    return conn, _changed(conn)
+        classes = classes_for(limited_connection(factory) if limited else factory)
+        conn = _connected(dsn, ports, classes.live, cursor_factory)
+    else:
+        conn = _connected(dsn, ports, factory, cursor_factory)
+        classes = _changed(conn, limited=limited)
+    if recipe.statement_limit is not None:
+        vars(conn)[LIMIT] = Clock(conn, recipe.statement_limit)
+    return conn, classes
 
 
 def _ports(params: Params) -> list[str]:
@@ -215,11 +221,11 @@ def _factory(recipe: Recipe) -> Callable[..., Any]:
     return factory  # type: ignore[no-any-return]  # psycopg2 finds out if it is not callable
 
 
-def _changed(conn: connection) -> Classes:
+def _changed(conn: connection, *, limited: bool) -> Classes:
     """Make a connection that a function has made one of a watched class."""
     made = type(conn)
     try:
-        classes = classes_for(made)
+        classes = classes_for(limited_connection(made) if limited else made)
         conn.__class__ = classes.live
     except TypeError:
         conn.close()

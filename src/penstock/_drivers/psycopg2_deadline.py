@@ -31,6 +31,18 @@ from penstock import fork, hub
 if TYPE_CHECKING:
     from types import TracebackType
 
+    class Rings(Protocol):
+        """What the bell watches."""
+
+        deadline: float
+
+        @property
+        def is_over(self) -> bool:
+            """Whether it is to be forgotten."""
+
+        def ring(self) -> None:
+            """The deadline has passed, as it was when the bell looked."""
+
     class Discards(Protocol):
         """What can be shut down: a link."""
 
@@ -58,7 +70,7 @@ class Bound:
 
     def __enter__(self) -> Self:
         if self.deadline != inf:
-            _bell().watch(self)
+            current_bell().watch(self)
         return self
 
     def __exit__(
@@ -84,14 +96,14 @@ class Bound:
 
 
 class Bell:
-    """The thread that waits for deadlines. Use `_bell()`; a forked child has its own."""
+    """The thread that waits for deadlines. Use `current_bell()`; a forked child has its own."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self._ways = hub.ways()
         self._lock = hub.Lock()
-        self._new: deque[Bound] = deque()
-        self._waiting: list[Bound] = []  # the thread's own; here, so that the next one finds them
+        self._new: deque[Rings] = deque()
+        self._waiting: list[Rings] = []  # the thread's own; here, so that the next one finds them
         self._wake = self._ways.inbox()
         # Until when it sleeps. Whoever adds a deadline publishes it, then looks here; the thread
         # writes this, then looks for new ones. Whichever comes second sees the other.
@@ -104,12 +116,21 @@ class Bell:
         """Whether it is this process's, and the process runs on what it ran on then."""
         return self.pid == os.getpid() and self._ways.fit()
 
-    def watch(self, bound: Bound) -> None:
+    def watch(self, bound: Rings) -> None:
         """Ring it at its deadline."""
         self._new.append(bound)
         if not self._runs():
             self._start()
-        if bound.deadline < self._sleeps_until:
+        self._wake_by(bound.deadline)
+
+    def look_by(self, deadline: float) -> None:
+        """One that it watches has another deadline."""
+        if not self._runs():
+            self._start()
+        self._wake_by(deadline)
+
+    def _wake_by(self, deadline: float) -> None:
+        if deadline < self._sleeps_until:
             self._wake.put(None)
 
     def _runs(self) -> bool:
@@ -154,12 +175,13 @@ class Bell:
     def _run(self) -> None:
         # In a forked child gevent runs the parent's greenlets on: this one must ring nothing there.
         while self.pid == os.getpid() and not self._leaves():
+            self._sleeps_until = inf  # while it looks: woken in vain rather than not at all
             self._waiting = waiting = self._rung(self._waiting)
             self._sleeps_until = min((each.deadline for each in waiting), default=inf)
             if not self._new:
                 self._sleep()
 
-    def _rung(self, waiting: list[Bound]) -> list[Bound]:
+    def _rung(self, waiting: list[Rings]) -> list[Rings]:
         """Ring those that are due, forget those that are over, take in the new ones."""
         while self._new:
             waiting.append(self._new.popleft())
@@ -184,7 +206,8 @@ PARKED_SECONDS: Final = 1.0
 _current: Bell | None = None
 
 
-def _bell() -> Bell:
+def current_bell() -> Bell:
+    """This process's bell; made at first use, its thread not started yet."""
     global _current
     bell = _current
     if bell is None or not bell.fits():

@@ -39,6 +39,7 @@ from penstock._drivers.psycopg2_guard import (
     equip,
     set_autocommit,
 )
+from penstock._drivers.psycopg2_limit import LIMIT, limited_cursor
 from penstock._drivers.renewal import ALONE
 from penstock._drivers.session_reset import LEARN, reset_message
 from penstock._drivers.sockets import READ, deadline_in, point_at_null, shut_down, wait
@@ -239,7 +240,7 @@ class Psycopg2Link:
         conn = self.conn
         calls = ", ".join(["pg_catalog.set_config(%s, %s, true)"] * len(settings))
         values = [text for pair in settings.items() for text in map(_setting_text, pair)]
-        with cursor(conn) as own:  # the user's may be of any kind
+        with self._cursor() as own:
             if RAW["autocommit"].__get__(conn) and self.status() == IDLE:
                 own.execute("begin")
             own.execute(f"select {calls}", values)
@@ -264,8 +265,13 @@ class Psycopg2Link:
                 self.conn.commit()
 
     def _say(self, statement: str) -> None:
-        with cursor(self.conn) as own:
+        with self._cursor() as own:
             own.execute(statement)
+
+    def _cursor(self) -> cursor:
+        """A cursor of psycopg2's own kind: the user's may be of any."""
+        kind = limited_cursor(cursor) if LIMIT in vars(self.conn) else cursor
+        return kind(self.conn)
 
     def tidy(self, seconds: float | None) -> bool:
         """Roll back, restore client-side settings; within `seconds`.
@@ -343,9 +349,11 @@ class Psycopg2Link:
         held until somebody came.
         """
         try:
-            with self._tending(deadline_in(RESET_SECONDS)):
+            clock = vars(self.conn).get(LIMIT)
+            seconds = RESET_SECONDS if clock is None else min(RESET_SECONDS, clock.limit.seconds)
+            with self._tending(deadline_in(seconds)):
                 self._roll_back()
-            self._ask(self._reset or reset_message(self._login()), deadline_in(RESET_SECONDS))
+            self._ask(self._reset or reset_message(self._login()), deadline_in(seconds))
         except psycopg2.Error:
             return False
         return self._settle()
