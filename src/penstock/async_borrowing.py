@@ -42,10 +42,11 @@ from penstock.borrowing import (
     explain_by,
     first_of_caller,
     is_on_stack,
+    left_in,
     notice_fork,
 )
 from penstock.clock import clock
-from penstock.errors import ConfigError, PenstockError
+from penstock.errors import ConfigError, PenstockError, called_at
 from penstock.statement_limit import within
 from penstock.upkeep import LONGEST_SLEEP
 from penstock.with_blocks import is_inside_with
@@ -161,7 +162,13 @@ class AsyncBorrowing(AsyncUpkeep):
             return slot
         if waiter.refusal is None:
             self._carry_out(self._machine.give_up(waiter, clock(), timed_out=True))
-        raise self._reporter.error(waiter.refusal, seconds, clock() - began)
+        raise self._reporter.error(
+            waiter.refusal,
+            seconds,
+            clock() - began,
+            silent_since=waiter.silent_since,
+            where=self._opener.where,
+        )
 
     def _leave_queue(self, waiter: Waiter) -> None:
         """An exception passes: leave the queue. What was given and not touched goes to the next."""
@@ -395,19 +402,27 @@ class AsyncBorrowing(AsyncUpkeep):
         verdict = Verdict.UNCLEAN
         try:
             if place[0].condemned is None:
-                verdict = await self._verdict(place[0])
+                verdict = await self._verdict(place[0], cut_short=True)
         finally:
             self._return(place.pop(), verdict)
 
     async def _give_back_unfinished(self, place: list[Slot]) -> None:
         """putconn() of a connection that is not simply clean: roll back, and say so."""
         activity = place[0].link.activity()
-        if activity not in {Activity.IDLE, Activity.BROKEN}:
+        if activity in {Activity.IN_TRANSACTION, Activity.IN_FAILED_TRANSACTION}:
             _log.warning(
                 "pool %r: a connection was given back %s: rolled back. Commit, or use "
-                "`async with pool.connection()`.",
+                "`async with pool.connection()`.%s",
                 self.name,
                 activity.value,
+                called_at(),
+            )
+        elif activity is Activity.ACTIVE:
+            _log.warning(
+                "pool %r: a connection was given back while a statement was under way: it is "
+                "cancelled, or the connection is closed%s",
+                self.name,
+                called_at(),
             )
         await self._give_back(place, GivenBack())
 
@@ -417,8 +432,9 @@ class AsyncBorrowing(AsyncUpkeep):
         if activity is Activity.ACTIVE:
             _log.warning(
                 "pool %r: a block ended while a statement of it was under way, or was cut off by a "
-                "timeout that the block had caught: what it had not committed is rolled back",
+                "timeout that the block had caught: what it had not committed is rolled back%s",
                 self.name,
+                called_at(),
             )
         if activity in {Activity.IDLE, Activity.ACTIVE}:
             return None
@@ -431,12 +447,13 @@ class AsyncBorrowing(AsyncUpkeep):
         if link.activity() in {Activity.IN_TRANSACTION, Activity.IN_FAILED_TRANSACTION}:
             _log.warning(
                 "pool %r: a transaction was left open that the pool had not begun: rolled back. "
-                "Commit it, or use `pool.connection(transaction=True)`.",
+                "Commit it, or use `pool.connection(transaction=True)`.%s",
                 self.name,
+                called_at(),
             )
         return None
 
-    async def _verdict(self, slot: Slot) -> Verdict:
+    async def _verdict(self, slot: Slot, *, cut_short: bool = False) -> Verdict:
         link = slot.link
         clean = link.park()
         if link.activity() is Activity.BROKEN:
@@ -444,6 +461,7 @@ class AsyncBorrowing(AsyncUpkeep):
         reset = self._config.reset
         if not clean:
             clean = reset is not None and await link.tidy(within(TIDY_SECONDS, self._config))
+        unfinished = not clean and reset is not None
         if clean and reset == "session":
             clean = slot.reset_pending = link.start_reset()
         elif clean and callable(reset):
@@ -452,10 +470,17 @@ class AsyncBorrowing(AsyncUpkeep):
             except BaseException:
                 slot.condemn(Reason.UNCLEAN)  # the user's code is not called a second time
                 raise
-        if not clean and link.activity() is Activity.ACTIVE:
+        activity = link.activity()
+        if (
+            unfinished
+            and (not cut_short or activity is Activity.ACTIVE)
+            and activity is not Activity.BROKEN
+        ):
             _log.warning(
-                "pool %r: a connection was given back while a statement was under way: closed",
+                "pool %r: a connection was given back %s: closed%s",
                 self.name,
+                left_in(activity),
+                called_at(),
             )
         return Verdict.CLEAN if clean else Verdict.UNCLEAN
 

@@ -55,6 +55,11 @@ class AsyncOpener:
         found._opener = self._opener.without_limit()
         return found
 
+    @property
+    def where(self) -> str | None:
+        """Which server the last connect was for, without secrets; None: not known."""
+        return self._opener.where
+
     async def open(self, seconds: float = CONNECT_SECONDS) -> Any:
         """Open and configure a link. It comes back parked, idle and remembered as it is.
 

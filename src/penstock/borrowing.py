@@ -27,7 +27,7 @@ from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Slot, SlotState
 from penstock.alarm import Alarm
 from penstock.clock import clock
-from penstock.errors import ConfigError, PenstockError, PoolTimeout
+from penstock.errors import ConfigError, PenstockError, PoolTimeout, called_at
 from penstock.statement_limit import within
 from penstock.upkeep import LONGEST_SLEEP, Upkeep
 from penstock.with_blocks import is_inside_with
@@ -139,7 +139,13 @@ class Borrowing(Upkeep):
             slot = self._time_out(waiter)
             if slot is not None:
                 return slot
-        raise self._reporter.error(waiter.refusal, seconds, clock() - began)
+        raise self._reporter.error(
+            waiter.refusal,
+            seconds,
+            clock() - began,
+            silent_since=waiter.silent_since,
+            where=self._opener.where,
+        )
 
     def _time_out(self, waiter: Waiter) -> Slot | None:
         """The time is up: leave the queue, unless something came at the last moment."""
@@ -343,8 +349,11 @@ class Borrowing(Upkeep):
             # By a Timeout of gevent's, an interrupt: nobody forgot anything.
             cut_short = error is not None and not isinstance(error, Exception)
             verdict = self._verdict(slot.link, cut_short=cut_short)
-            slot.reset_pending = verdict is Verdict.CLEAN and self._config.reset == "session"
-            self._return(slot, verdict, suspect=self._is_suspect(error or failure))
+            suspect = self._is_suspect(error or failure)
+            if verdict is Verdict.CLEAN and self._config.reset == "session":
+                self._reset(slot, suspect=suspect)
+            else:
+                self._return(slot, verdict, suspect=suspect)
         except BaseException:
             slot = None  # type: ignore[assignment]  # drop it: it comes home by itself
             raise
@@ -358,12 +367,13 @@ class Borrowing(Upkeep):
     def _give_back_unfinished(self, slot: Slot) -> None:
         """putconn() of a connection that is not simply clean: roll back, and say so."""
         activity = slot.link.activity()
-        if activity not in {Activity.IDLE, Activity.BROKEN}:
+        if activity in {Activity.IN_TRANSACTION, Activity.IN_FAILED_TRANSACTION}:
             _log.warning(
                 "pool %r: a connection was given back %s: rolled back. Commit, or use "
-                "`with pool.connection()`.",
+                "`with pool.connection()`.%s",
                 self.name,
                 activity.value,
+                called_at(),
             )
         try:
             self._give_back(slot, GivenBack())
@@ -388,16 +398,39 @@ class Borrowing(Upkeep):
         reset = self._config.reset
         if not clean:
             clean = reset is not None and link.tidy(within(TIDY_SECONDS, self._config))
-        if clean and reset == "session":
-            clean = link.start_reset()
-        elif clean and callable(reset):
-            clean = self._call_reset(reset, link)
-        if not clean and not cut_short and link.activity() is Activity.ACTIVE:
+        activity = link.activity()
+        if not clean and not cut_short and reset is not None and activity is not Activity.BROKEN:
             _log.warning(
-                "pool %r: a connection was given back while a statement was under way: closed",
+                "pool %r: a connection was given back %s: closed%s",
                 self.name,
+                left_in(activity),
+                called_at(),
             )
+        if clean and callable(reset):
+            clean = self._call_reset(reset, link)
         return Verdict.CLEAN if clean else Verdict.UNCLEAN
+
+    def _reset(self, slot: Slot, *, suspect: bool) -> None:
+        """Send the session reset, and bring the slot back before it is answered.
+
+        Where the driver can only wait for the answer, a worker does, and the slot is nobody's
+        meanwhile: whoever gave it back waits for nothing.
+        """
+        if not getattr(slot.link, "reset_waits", False):
+            slot.reset_pending = bool(slot.link.start_reset())
+            verdict = Verdict.CLEAN if slot.reset_pending else Verdict.UNCLEAN
+            self._return(slot, verdict, suspect=suspect)
+            return
+        slot.holder = 0
+        keeper.current().submit(partial(self._reset_aside, [slot], suspect=suspect))
+
+    def _reset_aside(self, place: list[Slot], *, suspect: bool) -> None:
+        """In a worker: reset the slot in this place, and bring it back."""
+        slot = place.pop()
+        if not self._machine.has(slot):
+            return  # the parent's, and this a forked child
+        clean = slot.link.start_reset()
+        self._return(slot, Verdict.CLEAN if clean else Verdict.UNCLEAN, suspect=suspect)
 
     def _call_reset(self, reset: Callable[[Any], object], link: Any) -> bool:
         link.lend()
@@ -474,6 +507,13 @@ class Borrowing(Upkeep):
                 "timeout", repr(timeout), "a number of seconds or None", pool=self.name
             )
         return max(0.0, timeout)
+
+
+def left_in(activity: Activity) -> str:
+    """What somebody was in the middle of who gave back a connection that nobody can use now."""
+    if activity is Activity.ACTIVE:
+        return "while a statement was under way"
+    return "in the middle of something, or it could not be rolled back in time"
 
 
 class GivenBack(Exception):  # noqa: N818  never raised: it stands for "roll back" in putconn()

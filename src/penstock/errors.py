@@ -192,8 +192,10 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
 
     Args:
         pool: name of the pool.
-        attempts: how often opening was tried since it last worked.
-        down_seconds: seconds since the first of those attempts failed, or None if unknown.
+        attempts: how often opening was tried since it last worked; 0: no attempt has ended, since the
+            server says nothing.
+        down_seconds: seconds since the first of those attempts failed, or since the server has said
+            nothing; None if unknown.
         waited: seconds the borrower waited.
         sqlstate: the server's code, or None if it did not get that far or did not tell.
         reason: the driver's diagnosis in one line, free of secrets; None shows the cause's class only.
@@ -248,12 +250,15 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
     def _text(self) -> str:
         since = "" if self.down_seconds is None else f", down for {self.down_seconds:.1f} s"
         tries = _number(self.attempts, "attempt", "attempts")
+        if self.attempts == 0:
+            since = "" if self.down_seconds is None else f" for {self.down_seconds:.1f} s"
+            tries = "no answer"
         first = f"{_pool(self.pool)} cannot open a connection: {tries}{since}"
         first += "." if self.waited is None else f"; this borrower waited {self.waited:.1f} s."
         return "\n".join(
             (
                 first,
-                f"  last error: {self._last()}",
+                f"  {'last error' if self.attempts else 'no error'}: {self._last()}",
                 f"  next step: {self.next_step or _step_when_down(self.sqlstate)}",
             )
         )
@@ -644,6 +649,17 @@ def _first_of_user(top: types.FrameType | None) -> types.FrameType | None:
     return top  # plumbing all the way down: better than nothing
 
 
+def called_at() -> str:
+    """Where the user's code is that has called penstock: " (at app/report.py:42)"; "" if nobody has.
+
+    For the warnings about what was left behind; it walks up the stack.
+    """
+    frame: types.FrameType | None = sys._getframe(1)  # noqa: SLF001  the documented way
+    while frame is not None and is_plumbing(frame):
+        frame = frame.f_back
+    return "" if frame is None else f" (at {_short(frame.f_code.co_filename)}:{frame.f_lineno})"
+
+
 def is_plumbing(frame: types.FrameType) -> bool:
     """Whether this frame is penstock's, a driver's or a runtime's, and not the user's."""
     module = frame.f_globals.get("__name__")
@@ -724,6 +740,11 @@ _STEPS = {
 _STEP_UNREACHABLE = (
     "check that the server runs and that host and port are right and reachable from here; the "
     "pool goes on trying"
+)
+
+STEP_SILENT = (
+    "look from here, by psql: if it hangs, too, that host or its server process is frozen or stopped, or "
+    "a firewall drops packets; if not, raise connect_timeout or timeout; the pool goes on trying"
 )
 
 

@@ -9,6 +9,7 @@ each call belongs to the worker that makes it.
 
 from __future__ import annotations
 
+import os
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +18,8 @@ from penstock._drivers.protocol import Activity, Diagnosis, Recipe
 from penstock.alarm import Alarm
 from penstock.clock import clock
 from penstock.config import application_name
-from penstock.secret import Hidden
+from penstock.conninfo import Wrong, read
+from penstock.secret import Hidden, Secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -41,6 +43,9 @@ CONNECT_SECONDS: Final = 10.0
 
 #: How long the attempt that diagnoses may take. A server that refuses does so in milliseconds.
 DIAGNOSE_SECONDS: Final = 2.0
+
+#: No part of a host's name or a port, and often of a password that was not escaped, or of settings.
+_UNSHOWN: Final = set("@=; \"'")
 
 #: How many failures' diagnoses are remembered.
 REMEMBERED: Final = 4
@@ -66,7 +71,13 @@ class Failure:
 
 
 class Opener:
-    """Opens the connections of one pool."""
+    """Opens the connections of one pool.
+
+    Attributes:
+        where: which server the last connect was for, without secrets; None: not known.
+    """
+
+    where: str | None = None
 
     def __init__(
         self,
@@ -94,6 +105,7 @@ class Opener:
     def recipe_of(self, conninfo: Hidden[str], kwargs: Hidden[Mapping[str, Any] | None]) -> Recipe:
         """The recipe for what the user's callables returned, or what stands in their place."""
         config = self._config
+        self.where = where_of(conninfo, kwargs)
         return Recipe(
             conninfo=conninfo.value,
             kwargs=dict(kwargs.value or {}),
@@ -202,6 +214,26 @@ class Opener:
         except Exception:  # noqa: BLE001  a diagnosis that fails must not hide the failure
             diagnosis = undiagnosed(error)
         return diagnosis
+
+
+def where_of(conninfo: Hidden[str], kwargs: Hidden[Mapping[str, Any] | None]) -> str | None:
+    """Host and port as libpq would understand them, for people; None where only libpq knows.
+
+    What is no host name and no address is not shown: it may be the end of a password.
+    """
+    said = Hidden(read(Secret(conninfo.value)) if isinstance(conninfo.value, str) else {})
+    if isinstance(said.value, Wrong):
+        return None
+    words = Hidden({**said.value, **(kwargs.value or {})})
+
+    def setting(name: str, variable: str) -> str:
+        return str(words.value.get(name) or os.environ.get(variable) or "")
+
+    host = setting("host", "PGHOST") or setting("hostaddr", "PGHOSTADDR")
+    port = setting("port", "PGPORT") or "5432"
+    if setting("service", "PGSERVICE") or _UNSHOWN & set(host + port):
+        return None
+    return f'"{host}" port {port}' if host else f"the local socket, port {port}"
 
 
 def _key(error: BaseException) -> tuple[type, str]:

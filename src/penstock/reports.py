@@ -16,6 +16,7 @@ from penstock._machine.machine import Machine, Phase, Refusal
 from penstock._machine.slot import SlotState
 from penstock.clock import clock
 from penstock.errors import (
+    STEP_SILENT,
     Counts,
     Hold,
     Holder,
@@ -123,6 +124,10 @@ class Reporter:
             why += "; nobody has tried since" if untried else ""
             ready = alive > 0 or untried
             return Health(live=True, ready=ready, why=why, since=now - outage.since)
+        silent = machine.silent_since(now)
+        if silent is not None:
+            why = f"the server has not answered for {now - silent:.1f} s"
+            return Health(live=True, ready=False, why=why, since=now - silent)
         if not alive and not machine.tally.opened:
             return Health(live=True, ready=True, why="no connection opened yet", since=since)
         why = f"{counts.in_use} of {counts.max_size} in use, {counts.waiting} waiting"
@@ -130,8 +135,19 @@ class Reporter:
 
     # -- errors -----------------------------------------------------------------------------------
 
-    def error(self, refusal: Refusal | None, timeout: float, waited: float) -> PenstockError:
-        """Why a borrower got nothing; `refusal` None: its timeout passed. The cause is attached."""
+    def error(
+        self,
+        refusal: Refusal | None,
+        timeout: float,
+        waited: float,
+        *,
+        silent_since: float | None = None,
+        where: str | None = None,
+    ) -> PenstockError:
+        """Why a borrower got nothing; `refusal` None: its timeout passed. The cause is attached.
+
+        `silent_since`: what the machine says of the server; `where`: which one that is.
+        """
         machine = self._machine
         if refusal is Refusal.CLOSED:
             return self.closed()
@@ -142,8 +158,12 @@ class Reporter:
         if refusal is Refusal.DEADLOCK:
             return self.deadlock()
         outage = machine.outage
-        if outage is not None and (refusal is Refusal.UNREACHABLE or not self._any_alive()):
+        if outage is not None and (
+            refusal is Refusal.UNREACHABLE or silent_since is not None or not self._any_alive()
+        ):
             return self._unavailable(outage, waited)
+        if silent_since is not None:
+            return self._silent(silent_since, waited, where)
         if refusal is Refusal.UNREACHABLE:  # and it healed in this very moment
             return self._make(
                 ServerUnavailable, waited=waited, reason="it healed just now; try again"
@@ -200,6 +220,20 @@ class Reporter:
         )
         error.__cause__ = failure.error
         return error
+
+    def _silent(self, since: float, waited: float, where: str | None) -> PenstockError:
+        """Nothing was refused, and nothing answered."""
+        counts = self.counts()
+        under_way = f"{counts.opening} being opened, {counts.pinging} being pinged"
+        return self._make(
+            ServerUnavailable,
+            attempts=0,
+            down_seconds=clock() - since,
+            waited=waited,
+            reason=f"{where or 'the server'} neither answers nor refuses ({under_way})",
+            next_step=STEP_SILENT,
+            counts=counts,
+        )
 
     def not_opened(self, failure: Failure | None, waited: float) -> PenstockError:
         """A connection outside the pool could not be opened; `failure` None: not in time."""

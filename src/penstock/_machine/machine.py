@@ -64,6 +64,7 @@ from .outage import Outage
 from .pace import Pace
 from .policy import Limits, retire_at
 from .schedule import CONNECTED, due_times
+from .silence import silent_since
 from .slot import Move, Reason, Slot, SlotRef, SlotState, refer_to
 from .tally import Stats, Tally, snapshot
 from .waiter import Refusal, Waiter
@@ -239,6 +240,8 @@ class Machine:
 
         A slot that was just given and not touched goes to whoever is next.
         """
+        if timed_out and waiter.slot is None:
+            waiter.silent_since = self.silent_since(now, waiter.unanswered)
         self.waiters.pop(waiter.ticket, None)
         orders: list[Order] = []
         slot = waiter.slot
@@ -266,6 +269,7 @@ class Machine:
         Afterwards the slot is to be pinged by him, or it has ended and he is in the queue again.
         """
         if self.has(slot) and self._unfit(slot, now) is None:
+            slot.asked_at = now
             slot.move(Move.DOUBT)
             return []
         orders: list[Order] = []
@@ -279,6 +283,8 @@ class Machine:
         orders: list[Order] = []
         if self.has(slot):
             self._end(slot, Reason.UNANSWERED, orders)
+        if waiter.unanswered is None:
+            waiter.unanswered = slot.asked_at
         self._doubt()
         self._queue_again(waiter)
         return orders + self.look_again(now)
@@ -481,6 +487,10 @@ class Machine:
         """How many borrows ended with the connection given back."""
         return self.tally.borrows_of_gone + sum(ref.borrows for ref in list(self.refs.values()))
 
+    def silent_since(self, now: float, unanswered: float | None = None) -> float | None:
+        """Since when the server has owed an answer, if that is why nobody can be served."""
+        return silent_since(self.slots(), unanswered, now, self.tally.mean_opening())
+
     def stats(self, name: str, now: float) -> Stats:
         """A snapshot."""
         return snapshot(self, name, now)
@@ -533,6 +543,7 @@ class Machine:
 
     def _give(self, slot: Slot, waiter: Waiter, now: float) -> None:
         slot.holder = waiter.owner
+        slot.asked_at = now
         waiter.slot = slot  # from here on it is the waiter's
         self._let_go(waiter, now)
 

@@ -101,6 +101,7 @@ class Slot:
         condemned: why it must be closed as soon as somebody looks; None for nearly all.
         opened_at: when its connection was opened.
         retire_at: when it becomes too old to be lent.
+        asked_at: when it was given to somebody who has to ping it first.
         borrowed_at: when it was last lent. A lower bound of when it was last used: reading the
             clock at the return as well would cost 15 % of borrow and return.
         holder: who has it (a thread's identity, a task), for reports and for self-deadlock.
@@ -112,6 +113,7 @@ class Slot:
 
     __slots__ = (
         "__weakref__",
+        "asked_at",
         "borrowed_at",
         "condemned",
         "epoch",
@@ -134,6 +136,7 @@ class Slot:
         self.generation = generation
         self.condemned: Reason | None = None
         self.opened_at = now
+        self.asked_at = now
         self.retire_at = float("inf")
         self.borrowed_at = now
         self.holder: int = 0

@@ -33,9 +33,22 @@ class Waiter:
         refusal: why it gets nothing.
         ticket: its key in the queue, 0 before it queued.
         queued_at: since when it waits.
+        unanswered: when it sent the first ping that was not answered, or None.
+        silent_since: set when its time is up: since when the server has owed an answer, if that is why it
+            got nothing.
     """
 
-    __slots__ = ("__weakref__", "owner", "queued_at", "refusal", "slot", "ticket", "wake")
+    __slots__ = (
+        "__weakref__",
+        "owner",
+        "queued_at",
+        "refusal",
+        "silent_since",
+        "slot",
+        "ticket",
+        "unanswered",
+        "wake",
+    )
 
     def __init__(self, owner: int, wake: Callable[[], object]) -> None:
         self.owner = owner
@@ -44,3 +57,5 @@ class Waiter:
         self.refusal: Refusal | None = None
         self.ticket = 0
         self.queued_at = 0.0
+        self.unanswered: float | None = None
+        self.silent_since: float | None = None
