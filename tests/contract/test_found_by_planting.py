@@ -1,0 +1,211 @@
+"""What no other test noticed when it was planted (tests/planted), of pools of threads and their keeper."""
+
+import os
+import queue
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from penstock import ConnectionPool, ServerUnavailable, keeper, upkeep
+from penstock._machine.machine import Waiter
+from penstock.alarm import Alarm
+from penstock.dedicated import Opening
+from penstock.testing import FakeDriver
+from tests.forks import Child, until
+
+PATIENCE = 10.0  # seconds: the price of a failure
+
+
+@pytest.fixture
+def pool(fake):
+    """One connection, open and idle."""
+    with ConnectionPool(driver=FakeDriver(fake), min_size=1, max_size=1, name="one") as made:
+        made.execute("select 1")
+        yield made
+
+
+def test_what_comes_at_the_very_last_moment_is_his_who_waited_for_it(pool):
+    conn = pool.getconn()
+    waiter = Waiter(0, list)
+    pool._queue_up(waiter)
+    pool.putconn(conn)
+    slot = pool._time_out(waiter)
+    assert slot is not None and slot.link.conn is conn
+    assert pool.stats().timeouts == 0
+
+
+def test_who_waits_for_what_another_thread_will_put_back_is_served(pool):
+    conn = pool.getconn()
+
+    def put_back():
+        until(lambda: pool.stats().waiting == 1)
+        pool.putconn(conn)
+
+    helper = threading.Thread(target=put_back)
+    helper.start()
+    assert pool.getconn(timeout=PATIENCE) is conn
+    helper.join()
+    pool.putconn(conn)
+
+
+def test_a_dedicated_connection_that_nobody_waits_for_any_more_is_closed():
+    closed = []
+    link = SimpleNamespace(lend=None, close=lambda: closed.append(True))
+    opener: Any = SimpleNamespace(open=lambda _seconds: link)
+    opening = Opening(opener, 0.0)
+    reporter: Any = SimpleNamespace(not_opened=lambda _answer, _seconds: TimeoutError())
+    with pytest.raises(TimeoutError):
+        opening.wait(reporter)
+    opening.run()
+    assert closed
+
+
+def test_who_closes_a_pool_does_not_wait_for_the_connection_that_he_holds(pool, caplog):
+    with pool.connection():
+        pool.close(timeout=0.2)
+    assert "still lent" not in caplog.text
+
+
+def test_whatever_strikes_the_keeper_it_does_what_it_was_told_before():
+    kept, go_on, done = keeper.current(), threading.Event(), threading.Event()
+
+    def strike():
+        raise SystemExit
+
+    kept.tell(lambda: go_on.wait(PATIENCE))
+    kept.tell(strike)
+    kept.tell(done.set)
+    go_on.set()  # from here on nobody starts it again
+    assert done.wait(PATIENCE)
+
+
+def test_an_exit_in_a_callable_of_the_users_is_a_failed_connect(fake):
+    def leave():
+        raise SystemExit("no token")
+
+    with (
+        ConnectionPool(leave, driver=FakeDriver(fake), timeout=PATIENCE) as pool,
+        pytest.raises(ServerUnavailable) as caught,
+        pool.connection(),
+    ):
+        pass
+    assert isinstance(caught.value.__cause__, SystemExit)
+
+
+def test_a_worker_that_wants_to_leave_stays_for_a_job_that_has_come():
+    kept = keeper.Keeper()
+    assert not kept._stay()
+    kept._jobs.put(print)
+    assert kept._stay()
+
+
+def test_after_a_fork_the_parents_keeper_works_at_once():
+    kept = keeper.current()
+    began = threading.Event()
+    kept.tell(began.set)
+    assert began.wait(PATIENCE)
+    kept.park(PATIENCE)
+    kept.unpark()
+    done = threading.Event()
+    kept.tell(done.set)
+    assert done.wait(PATIENCE)
+
+
+def test_an_alarm_that_comes_when_the_work_has_ended_harms_nobody():
+    struck = []
+    link = SimpleNamespace(discard=lambda: struck.append(True))
+    with Alarm(link, PATIENCE) as alarm:
+        pass
+    alarm.ring()
+    assert not alarm.rang and not struck
+
+
+def test_the_end_of_another_number_condemns_nobody(pool):
+    [slot] = pool._machine.slots()
+    upkeep._told_of_end(slot.ref, slot.link.fd + 1)
+    assert slot.condemned is None
+    upkeep._told_of_end(slot.ref, slot.link.fd)
+    assert slot.condemned is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_child_of_a_fork_in_the_middle_of_a_move_has_a_pool_that_works(pool):
+    held: queue.SimpleQueue[None] = queue.SimpleQueue()
+    leave = threading.Event()
+
+    def move():
+        with pool._lock:
+            held.put(None)
+            leave.wait(PATIENCE)
+
+    other = threading.Thread(target=move)
+    other.start()
+    held.get()
+
+    def stats_under_the_lock():
+        pool.drain()
+        return pool.stats().generation
+
+    child = Child(stats_under_the_lock)
+    leave.set()
+    other.join()
+    assert child.answer(PATIENCE) == 2  # by the fork, and by drain()
+
+
+def test_a_keeper_that_replaces_another_keeps_its_timers(pool, monkeypatch):
+    former = keeper.Keeper()
+    former._timers[pool._machine.home] = 1e12
+    monkeypatch.setattr(keeper, "_keepers", [former])
+    keeper._replace(former)
+    assert keeper._keepers[0] is not former
+    assert keeper._keepers[0]._timers == {pool._machine.home: 1e12}
+    monkeypatch.setattr(keeper.Keeper, "_leave", lambda self: False)
+    keeper._keepers[0].inbox.put(keeper._stop)
+
+
+def test_a_connection_whose_configure_raised_is_closed(fake):
+    def configure(_conn):
+        raise ZeroDivisionError
+
+    with ConnectionPool(driver=FakeDriver(fake), configure=configure, timeout=PATIENCE) as pool:
+        with pytest.raises(ServerUnavailable), pool.connection():
+            pass
+        until(lambda: not fake.sessions)
+
+
+def test_a_block_that_is_left_twice_gives_back_once(make_pool):
+    pool = make_pool(max_size=1)
+    lease = pool.connection()
+    with lease:
+        pass
+    lease.__exit__(None, None, None)
+    assert len(pool._machine.idle) == 1
+
+
+def test_what_an_interrupted_waiter_was_given_goes_on_as_it_is(pool, monkeypatch):
+    conn = pool.getconn()
+
+    def wait(waiter, _gate, _seconds):
+        pool.putconn(conn)
+        assert waiter.slot is not None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool, "_wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        pool.getconn()
+    monkeypatch.undo()
+    pool.execute("select 1")
+    stats = pool.stats()
+    assert (stats.orphaned, stats.opened) == (0, 1)
+
+
+def test_a_ping_leaves_half_of_the_borrowers_time_for_another_connection(pool):
+    given = []
+    link = SimpleNamespace(ping=given.append)
+    pool._make_sure(link, 3.0, reset_pending=False)
+    pool._make_sure(link, 60.0, reset_pending=False)
+    pool._make_sure(link, 0.0, reset_pending=False)
+    assert given == [1.5, 5.0, 0.1]

@@ -1,0 +1,96 @@
+"""The pool's lock: every slow move of the machine is made under it. Read from the source.
+
+Two threads in one slow move is a race that needs a switch between two particular instructions: no storm
+finds it reliably. That the lock is there can be read.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+
+import pytest
+
+from penstock import borrowing, threads, upkeep
+from penstock._machine.locked import LockedMachine
+from penstock._machine.machine import Machine
+from penstock._machine.orders import Open
+from penstock._machine.policy import Limits
+
+# What runs without the lock, by design: the hot moves, what only reads, and the child's side of a fork,
+# where no other thread is.
+WITHOUT = {"take", "put", "slots", "count", "waiting", "borrows", "stats", "has"}
+IN_A_CHILD = {"inherited", "forked"}
+MOVES = {
+    name
+    for name, method in inspect.getmembers(Machine, inspect.isfunction)
+    if not name.startswith("_") and name not in WITHOUT | IN_A_CHILD
+}
+
+
+def called(tree):
+    """Each use of `self._machine.<move>`, with the nodes that it stands in, outermost first."""
+
+    def visit(node, above):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in MOVES
+            and isinstance(node.value, ast.Attribute)
+            and node.value.attr == "_machine"
+        ):
+            yield node, above
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, [*above, node])
+
+    return list(visit(tree, []))
+
+
+def is_locked(above):
+    """In a `with self._lock`, or handed to `_move`, which takes it."""
+    return any(
+        (isinstance(node, ast.With) and any(is_self(i.context_expr, "_lock") for i in node.items))
+        or (isinstance(node, ast.Call) and is_self(node.func, "_move"))
+        for node in above
+    )
+
+
+def is_self(node, name):
+    return ast.unparse(node) == f"self.{name}"
+
+
+@pytest.mark.parametrize("module", [borrowing, threads, upkeep])
+def test_every_slow_move_is_made_under_the_pools_lock(module):
+    found = called(ast.parse(inspect.getsource(module)))
+    assert found, "the check looks for nothing"
+    bare = [f"line {node.lineno}: {node.attr}" for node, above in found if not is_locked(above)]
+    assert not bare, bare
+
+
+def test_what_takes_a_move_takes_the_lock_for_it():
+    source = ast.unparse(ast.parse(inspect.getsource(upkeep)))
+    assert "with self._lock:\n                orders = decide(clock())" in source
+
+
+class Lock:
+    """Counts how often it was taken."""
+
+    taken = 0
+
+    def __enter__(self):
+        self.taken += 1
+
+    def __exit__(self, *_exc):
+        pass
+
+
+def test_where_there_is_no_global_lock_the_hot_moves_take_the_pools():
+    lock = Lock()
+    machine = LockedMachine(lock, Limits(), orphans=[].append, random=lambda: 0.5)
+    opened = machine.open(0.0)[0]
+    assert isinstance(opened, Open)
+    machine.opened(opened.slot, object(), 0.0)
+    lock.taken = 0
+    slot = machine.take(0.0, 1)
+    assert slot is opened.slot and lock.taken == 1
+    machine.put(slot)
+    assert lock.taken == 2
