@@ -165,14 +165,18 @@ class Stage:
         """The row closes this one itself."""
         self._pools.remove(pool)
 
-    def process(self, row: str, *, quiet: bool = False, **given: Any) -> Worker:
+    def process(
+        self, row: str, *, quiet: bool = False, module: str = "tests.faults.run", **given: Any
+    ) -> Worker:
         """Another process with this runtime and driver, which runs the row's `worker`.
 
         Args:
+            module: what is run as its main one.
             quiet: what it prints as errors is kept for `Worker.errors`.
             given: the worker's arguments.
         """
-        worker: Worker = self._closing.enter_context(Worker(self.name, row, given, quiet=quiet))
+        words = [module, self.name, row, "worker"]
+        worker: Worker = self._closing.enter_context(Worker(words, given, quiet=quiet))
         return worker
 
     async def aside(self, call: Callable[[], Any]) -> Any:
@@ -289,15 +293,15 @@ class Crowd:
 class Worker:
     """`python -m tests.faults.run` in a process of its own: says lines, gives its last as an answer."""
 
-    def __init__(self, name, row, given, *, quiet=False):
-        self._words = [name, row, "worker"]
+    def __init__(self, words, given, *, quiet=False):
+        self._words = words
         self._given = given
         self._errors: Any = tempfile.TemporaryFile() if quiet else None  # noqa: SIM115  closed at the exit
         self.process: Any = None
 
     def __enter__(self):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.run", *self._words],
+            [sys.executable, "-m", *self._words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

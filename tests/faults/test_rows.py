@@ -76,6 +76,5 @@ def test_the_docs_show_every_row_and_have_a_page_for_it():
     assert set(TESTED) < set(ROWS)
     shown = read(page).rows
     assert [row for row, module in load().items() if module.TITLE not in shown] == []
-    assert set(shown) == {module.TITLE for module in load().values()}
     text = page.read_text(encoding="utf-8")
     assert [row for row in ROWS if f"]({page_of(row, page).name})" not in text] == []

@@ -6,6 +6,8 @@ import gc
 import logging
 import re
 
+from tests.faults.stage import now
+
 from penstock import MisuseError, PoolTimeout, TooManyRequests
 
 TITLE = "too many borrowers, self-deadlock, overdue, dropped lease"
@@ -27,6 +29,7 @@ async def play(w):
     w.seconds("too many: refused after", max(each.took for each in refused), at_most=0.1)
 
     await deadlock(w, conninfo)
+    await never_given_back(w, conninfo)
     await overdue(w, conninfo)
     await dropped(w, conninfo)
 
@@ -49,6 +52,20 @@ async def deadlock(w, conninfo):
     w.figure("self-deadlock: named", f"{len(named)} of {SIZE}", goal=">= 1", met=bool(named))
     first = min(each.took for each in tries)
     w.seconds("self-deadlock: the first has its answer after", first, at_most=0.1)
+
+
+async def never_given_back(w, conninfo):
+    """One takes a connection and keeps it; the others share what is left, in turn."""
+    pool = w.pool(conninfo, max_size=SIZE, timeout=5.0, name="kept")
+    kept = await pool.getconn()
+    tries = await w.crowd(20, lambda _number: w.borrow(pool, "select 1", hold=0.01)).all()
+    errors = sum(not each.good for each in tries)
+    w.count("never given back: errors of 20 others", errors, exactly=0)
+    w.seconds("never given back: longest wait of the others", max(t.took for t in tries), at_most=1)
+    began = now()
+    await pool.close(timeout=0.2)
+    w.seconds("never given back: close(timeout=0.2)", now() - began, at_most=0.45)
+    del kept
 
 
 async def overdue(w, conninfo):

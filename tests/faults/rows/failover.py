@@ -82,3 +82,10 @@ async def several_hosts(w):
     w.count("several hosts: errors of those in flight", len(in_flight), at_most=SIZE)
     w.count("several hosts: errors of all others", len(failed) - len(in_flight), exactly=0)
     w.seconds("several hosts: served after the promotion", max(0.0, first - promoted), at_most=0.5)
+
+    async def port(_number):
+        return await w.borrow(pool, "select inet_server_port()", hold=0.05)
+
+    asked = await w.crowd(SIZE, port).all()
+    elsewhere = sum(each.answer != [(standby.port,)] for each in asked)
+    w.count(f"several hosts: of {SIZE} sessions, not at the new primary", elsewhere, exactly=0)

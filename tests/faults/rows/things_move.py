@@ -1,40 +1,38 @@
-"""The address changes, the password changes, the process is stopped for a while and goes on.
+"""What is agreed upon changes: the address, the password, certificates, the clock; the server is about to start or to stop.
 
-Where to connect and with which password is asked for at each connect (`conninfo` and `kwargs` may be callables).
-A process that is stopped finds on its return what happened meanwhile.
+Where to connect and with which password is asked for at each connect (`conninfo` and `kwargs` may be callables), and
+files are read at each connect. A process that was stopped, or slept, finds on its return what happened meanwhile.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+from pathlib import Path
+from typing import Any
 
+import psycopg
+from tests.faults.certificates import Authority
+from tests.faults.clocks import AHEAD
 from tests.faults.stage import now
 
-from penstock.launcher import HBA
+from penstock.launcher import HBA, TlsUnavailable
 
-TITLE = "address change, password rotation, stopped and continued"
-STOPPED = 1.0
-
-
-async def worker(w, *, conninfo, seconds):
-    """Borrows every 20 ms, and tells when it had its first answer after a pause of more than half a second."""
-    pool = w.pool(conninfo, min_size=2, name="stopped")
-    await pool.open(wait=True)
-    print("ready", flush=True)
-    errors, late, ends = [], 0.0, now() + seconds
-    while (began := now()) < ends:
-        this = await w.borrow(pool, "select 1")
-        errors += [] if this.good else [repr(this.error)]
-        await w.pause(0.02)
-        if now() - began > STOPPED / 2:
-            late = (await w.borrow(pool, "select 1")).took
-    return {"errors": errors, "late": late}
+TITLE = "address, password, certificates, clocks change; cannot connect now; suspend and resume"
+STOPPED = 1.5
+SIZE, TIMEOUT = 8, 3.0
 
 
 async def play(w):
-    await new_address(w)
-    await new_password(w)
-    await stopped(w)
+    await new_certificates(w)
+    await clocks(w)
+    if w.long:
+        await new_address(w)
+        await new_password(w)
+        await shutting_down(w)
+        await recovering(w)
+        await stopped(w)
 
 
 async def new_address(w):
@@ -46,8 +44,7 @@ async def new_address(w):
     await w.aside(first.close)
     await w.until(lambda: pool.stats().closed.get("hung up", 0) >= 4, "all hang-ups heard")
     tries = [await w.borrow(pool, "select 1") for _ in range(20)]
-    errors = sum(not each.good for each in tries)
-    w.count("address: errors of 20 borrows", errors, exactly=0)
+    w.count("address: errors of 20 borrows", errors_of(tries), exactly=0)
     w.seconds("address: longest borrow", max(each.took for each in tries), at_most=1.0)
     await pool.close()
 
@@ -67,23 +64,285 @@ async def new_password(w):
     refused = await w.borrow(pool, "select 1")
     w.figure("password: the old one", type(refused.error).__name__, goal="-", met=not refused.good)
     words["password"] = "new"
-    rotated = now()
-    while not (await w.borrow(pool, "select 1")).good:
-        await w.pause(0.02)
-    w.seconds("password: served after the new one is there", now() - rotated, at_most=1.5)
+    w.seconds("password: served after the new one is there", await served(w, pool), at_most=1.5)
     await pool.close()
 
 
-async def stopped(w):
+async def served(w, pool):
+    """Seconds until somebody is served."""
+    began = now()
+    while not (await w.borrow(pool, "select 1")).good:
+        await w.pause(0.02)
+    return now() - began
+
+
+def errors_of(tries):
+    return sum(not each.good for each in tries)
+
+
+# -- certificates ---------------------------------------------------------------------------------
+
+
+async def new_certificates(w):
+    """The server's, the clients', and the authority that both trust."""
+    try:
+        server = w.fresh_server(tls=True, hba=("hostssl all carded all cert", *HBA))
+    except TlsUnavailable:
+        return
+    server.execute("create role carded login")
+    papers = await w.aside(lambda: Papers(server))
+    papers.server_shows("old", trusts=("old", "new"))
+    papers.client_shows("old", trusts=("old", "new"))
+    pool = w.pool(papers.conninfo, min_size=4, max_size=4, timeout=TIMEOUT, name="papers")
+    await pool.open(wait=True)
+
+    # As it should be done: first everybody trusts both, then each shows the new one.
+    papers.server_shows("new", trusts=("old", "new"))
+    papers.client_shows("new", trusts=("old", "new"))
+    opened = pool.stats().opened
+    await pool.drain()
+    tries = [await w.borrow(pool, "select 1") for _ in range(20)]
+    await w.until(lambda: pool.stats().opened >= opened + 4, "all were replaced")
+    w.count("certificates, both trusted: errors of 20 borrows", errors_of(tries), exactly=0)
+
+    for what, shows, trusts in (
+        ("server's", {"server": "old", "client": "new"}, ("new",)),
+        ("client's", {"server": "new", "client": "old"}, ("new",)),
+    ):
+        papers.server_shows(shows["server"], trusts=trusts)
+        papers.client_shows(shows["client"], trusts=trusts)
+        await pool.drain()
+        refused = await w.borrow(pool, "select 1")
+        w.figure(
+            f"{what} certificate not trusted",
+            type(refused.error).__name__,
+            goal="-",
+            met=not refused.good,
+        )
+        papers.server_shows("new", trusts=trusts)
+        papers.client_shows("new", trusts=trusts)
+        name = f"{what} certificate: served after the new one is there"
+        w.seconds(name, await served(w, pool), at_most=1.5)
+    await pool.close()
+
+
+class Papers:
+    """What server and client show and trust, as files that are replaced."""
+
+    def __init__(self, server):
+        self.server, self.folder = server, server.folder
+        self.authorities = {name: Authority(self.folder, name) for name in ("old", "new")}
+        self.signed = {
+            (whom, name): authority.signs(whom)
+            for whom in ("localhost", "carded")
+            for name, authority in self.authorities.items()
+        }
+        where = {"ssl_cert_file": "shown.crt", "ssl_key_file": "shown.key", "ssl_ca_file": "ca.crt"}
+        for name, file in where.items():
+            server.execute(f"alter system set {name} = '{self.folder / file}'")
+        self.conninfo = server.conninfo(
+            over="tls",
+            user="carded",
+            sslrootcert=self.folder / "root.crt",
+            sslcert=self.folder / "client.crt",
+            sslkey=self.folder / "client.key",
+        )
+
+    def server_shows(self, name, *, trusts):
+        self._put(self.signed["localhost", name], "shown", "ca.crt", trusts)
+        (before,) = self.server.execute("select pg_conf_load_time()")
+        self.server.execute("select pg_reload_conf()")
+        while self.server.execute("select pg_conf_load_time()") == [before]:
+            pass  # the postmaster has heard as soon as its sessions have
+
+    def client_shows(self, name, *, trusts):
+        self._put(self.signed["carded", name], "client", "root.crt", trusts)
+
+    def _put(self, signed, stem, trusted, trusts):
+        key = self.folder / f"{stem}.key"
+        self._replace(signed.certificate.read_bytes(), key.with_suffix(".crt"))
+        self._replace(signed.key.read_bytes(), key)
+        both = b"".join(self.authorities[each].certificate.read_bytes() for each in trusts)
+        self._replace(both, self.folder / trusted)
+
+    def _replace(self, data, path):
+        """At once, as whoever rotates should: a half file is none."""
+        fresh = path.with_suffix(".fresh")
+        fresh.write_bytes(data)
+        fresh.chmod(0o600)
+        owner = Path(self.server.certificate).stat()
+        shutil.chown(fresh, owner.st_uid, owner.st_gid)
+        fresh.replace(path)
+
+
+# -- "cannot connect now" -------------------------------------------------------------------------
+
+
+async def shutting_down(w):
+    """A smart shutdown lets old sessions live, and tells new ones 57P03 until they have ended."""
     server = w.fresh_server()
-    child = w.process("things_move", conninfo=server.conninfo(), seconds=STOPPED + 1.5)
-    assert child.line() == "ready"
-    await w.pause(0.2)
-    child.process.send_signal(signal.SIGSTOP)
-    await w.aside(server.restart)
-    await w.pause(STOPPED)
-    child.process.send_signal(signal.SIGCONT)
-    told = await w.aside(child.answer)
-    # One may have been between two messages when it was stopped.
-    w.count("stopped, server restarted meanwhile: errors", len(told["errors"]), at_most=1)
-    w.seconds("stopped: served after it goes on", told["late"], at_most=1.0)
+    held = psycopg.connect(server.conninfo())
+    os.kill(server.pid, signal.SIGTERM)
+    hasty = w.pool(server.conninfo(), timeout=0.3, name="hasty")
+    refused = await w.borrow(hasty)
+    while refused.good:  # it has not heard yet
+        await hasty.drain()
+        refused = await w.borrow(hasty)
+    told = getattr(refused.error, "sqlstate", None)
+    w.figure("shutting down: the error's SQLSTATE", told, goal="57P03", met=told == "57P03")
+    await hasty.close()
+    pool = w.pool(server.conninfo(), timeout=20, name="patient")
+    waiting = w.crowd(SIZE, lambda _number: w.borrow(pool, "select 1"))
+    await w.until(lambda: pool.stats().waiting == SIZE, "all wait")
+    held.close()
+    await w.until(lambda: not server.is_running, "it has stopped")
+    await w.aside(server.start)
+    accepting = now()
+    tries = await waiting.all()
+    w.count(f"shutting down: errors of {SIZE} who wait", errors_of(tries), exactly=0)
+    first = min(each.over for each in tries) - accepting
+    w.seconds("shutting down: served after it accepts again", max(0.0, first), at_most=0.5)
+    await pool.close()
+
+
+async def recovering(w):
+    """One session is killed with -9: the server ends all of them, and recovers before it takes new ones."""
+    server = w.fresh_server()
+    pool = w.pool(server.conninfo(), min_size=SIZE, max_size=SIZE, timeout=10, name="recovers")
+    await pool.open(wait=True)
+    victim = psycopg.connect(server.conninfo())
+    heard = pool.stats().closed.get("hung up", 0)
+    os.kill(victim.info.backend_pid, signal.SIGKILL)
+    await w.until(lambda: pool.stats().closed.get("hung up", 0) >= heard + SIZE, "all are told")
+    trying = w.spawn(accepts(w, server))
+    tries = await w.crowd(2 * SIZE, lambda _number: w.borrow(pool, "select 1")).all()
+    await trying.join()
+    victim.close()
+    w.count(f"in recovery: errors of {2 * SIZE} who wait", errors_of(tries), exactly=0)
+    first = min(each.over for each in tries) - trying.result
+    w.seconds("in recovery: served after it accepts again", max(0.0, first), at_most=0.5)
+    await pool.close()
+
+
+async def accepts(w, server):
+    """When it takes sessions."""
+    while True:
+        try:
+            (await w.aside(lambda: psycopg.connect(server.conninfo()))).close()
+            return now()
+        except psycopg.OperationalError:
+            await w.pause(0.01)
+
+
+# -- suspended, and clocks that jump --------------------------------------------------------------
+
+
+async def stopped(w):
+    """The whole process stands still, and meanwhile the server is restarted, or the network forgets its connections."""
+    for what in ("server restarted", "sessions silent"):
+        server = w.fresh_server()
+        proxy = w.proxy(server.port)
+        child = w.process("things_move", scene="rest", conninfo=server.conninfo(port=proxy.port))
+        assert child.line() == "resting"
+        child.process.send_signal(signal.SIGSTOP)
+        if what == "server restarted":
+            await w.aside(server.restart)
+        else:
+            proxy.silence(new=False)
+        await w.pause(STOPPED)
+        child.process.send_signal(signal.SIGCONT)
+        tell(w, f"stopped for {STOPPED:g} s, {what}", await w.aside(child.answer))
+        proxy.release()
+
+
+async def clocks(w):
+    child = w.process(
+        "things_move", module="tests.faults.clocks", scene="jump", conninfo=w.server().conninfo()
+    )
+    for what, told in (await w.aside(child.answer)).items():
+        if what == "waited":
+            name = "wall clock jumps: a timeout of 0.5 s ended after"
+            w.seconds(name, told, at_most=0.75)
+        else:
+            tell(w, what, told)
+
+
+def tell(w, what, told):
+    w.count(f"{what}: errors", told["errors"], exactly=0)
+    w.count(f"{what}: wrong answers", told["wrong"], exactly=0)
+    w.seconds(f"{what}: all {SIZE} served after", told["longest"], at_most=TIMEOUT)
+
+
+async def worker(w, *, scene, conninfo):
+    return await {"rest": rest, "jump": jump}[scene](w, conninfo)
+
+
+async def rest(w, conninfo):
+    """Eight idle connections; it is stopped here, and then all are wanted."""
+    pool = await idle_pool(w, conninfo, ping_after=0.5, max_idle=1.0)
+    print("resting", flush=True)
+    began = now()
+    while now() < began + STOPPED:
+        await w.pause(0.05)
+    return await asked(w, pool)
+
+
+async def jump(w, conninfo):
+    """The clocks jump, while borrowers work and while all rests."""
+    told: dict[str, Any] = {}
+    pool = await idle_pool(w, conninfo)
+    waits = w.crowd(1, lambda _number: waited(w, conninfo))
+    for seconds in (3600, -7200, 3600):
+        AHEAD["wall"] += seconds
+        before = told.get("wall clock jumps", {"errors": 0, "wrong": 0, "longest": 0.0})
+        this = [await asked(w, pool) for _ in range(10)]
+        told["wall clock jumps"] = {
+            "errors": before["errors"] + sum(each["errors"] for each in this),
+            "wrong": before["wrong"] + sum(each["wrong"] for each in this),
+            "longest": max(before["longest"], *(each["longest"] for each in this)),
+        }
+        await w.pause(0.1)
+    (told["waited"],) = await waits.all()
+    words = psycopg.conninfo.conninfo_to_dict(conninfo)
+    for what, seconds in (("a minute", 60), ("a night", 8 * 3600)):
+        proxy = w.proxy(int(str(words["port"])))
+        pool = await idle_pool(w, psycopg.conninfo.make_conninfo(conninfo, port=proxy.port))
+        proxy.silence(new=False)
+        AHEAD["boot"] += seconds
+        told[f"asleep for {what}, sessions silent"] = await asked(w, pool)
+        proxy.release()
+    return told
+
+
+async def waited(w, conninfo):
+    """How long a borrower waits whose timeout is half a second."""
+    pool = w.pool(conninfo, max_size=1, timeout=0.5, name="full")
+    async with pool.connection():
+        (this,) = await w.crowd(1, lambda _number: w.borrow(pool)).all()
+    return this.took
+
+
+async def idle_pool(w, conninfo, **options):
+    pool = w.pool(conninfo, max_size=SIZE, timeout=TIMEOUT, name="jumps", **options)
+    inside, may_end = [], w.runtime.event()
+
+    async def hold(number):
+        async with pool.connection():
+            inside.append(number)
+            if len(inside) == SIZE:
+                may_end.set()
+            await w.runtime.wait_for(may_end)
+
+    await w.crowd(SIZE, hold).all()
+    await w.until(lambda: pool.stats().idle == SIZE, "all are idle")
+    return pool
+
+
+async def asked(w, pool):
+    """Eight borrowers at once, each with a question of its own."""
+    tries = await w.crowd(SIZE, lambda number: w.borrow(pool, f"select {number}")).all()
+    return {
+        "errors": errors_of(tries),
+        "wrong": sum(each.good and each.answer != [(n,)] for n, each in enumerate(tries)),
+        "longest": max(each.took for each in tries),
+    }
