@@ -192,6 +192,24 @@ def test_close_does_not_wait_for_a_peer_that_reads_nothing(
 
 
 @on_each_loop
+@pytest.mark.parametrize("how", ["close", "discard"])
+def test_a_session_that_ended_leaves_no_statements_to_the_loops_timers(
+    running: tuple[Server, str], loop: str, how: str
+) -> None:
+    """asyncpg has a timer of five minutes for each statement that it caches."""
+    _, conninfo = running
+
+    async def main() -> None:
+        async with opened(conninfo) as link:
+            await one(link, "select 'cached'")
+            assert list(link.conn._stmt_cache.iter_statements())
+            await link.close() if how == "close" else link.discard()
+            assert not list(link.conn._stmt_cache.iter_statements())
+
+    run(main(), loop)
+
+
+@on_each_loop
 def test_close_is_polite_and_can_be_repeated(running: tuple[Server, str], loop: str) -> None:
     server, conninfo = running
     logged = server.log_path.stat().st_size

@@ -421,6 +421,7 @@ class AsyncpgLink:
         self._watch.tell = ended.cancel
         transport.write(_TERMINATE)
         transport.close()
+        self.conn._mark_stmts_as_closed()  # else a timer of five minutes keeps each that it caches
         if transport.get_extra_info("ssl_object") is None and not transport.get_write_buffer_size():
             self._watch.tell = self._watch.drop = None
             return
