@@ -34,6 +34,7 @@ TESTED = (
     "stampede",
     "killed_worker",
     "crowded_server",
+    "things_move",
     "closing",
 )
 
