@@ -60,16 +60,21 @@ class AsyncOpener:
         """Which server the last connect was for, without secrets; None: not known."""
         return self._opener.where
 
-    async def open(self, seconds: float = CONNECT_SECONDS) -> Any:
+    def may_change(self) -> bool:
+        """Whether the next attempt may be made with something else than the last one was."""
+        return self._opener.may_change()
+
+    async def open(self, seconds: float = CONNECT_SECONDS, *, if_changed: bool = False) -> Any:
         """Open and configure a link. It comes back parked, idle and remembered as it is.
 
         Cancelled, it leaves nothing open.
 
         Raises:
+            SameAgain: `if_changed`, and it would be made with what the last attempt was made with.
             Exception: the driver's, or what a callable of the user raised. Nothing is left open.
         """
         deadline = clock() + seconds
-        recipe = await self._recipe_within(seconds)
+        recipe = self._opener.begin(await self._recipe_within(seconds), if_changed=if_changed)
         link = await self._driver.open(recipe, max(0.0, deadline - clock()))
         try:
             await self._configure_within(link, max(DIAGNOSE_SECONDS, deadline - clock()))
@@ -89,7 +94,8 @@ class AsyncOpener:
 
     async def _diagnosis(self, error: BaseException) -> Diagnosis:
         try:
-            recipe = await self._recipe_within(DIAGNOSE_SECONDS)
+            # What was refused is diagnosed: a callable may say something else by now.
+            recipe = self._opener.tried() or await self._recipe_within(DIAGNOSE_SECONDS)
             diagnosis: Diagnosis = await self._driver.diagnose(error, recipe, DIAGNOSE_SECONDS)
         except Exception:  # noqa: BLE001  a diagnosis that fails must not hide the failure
             diagnosis = undiagnosed(error)

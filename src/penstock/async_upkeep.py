@@ -29,7 +29,7 @@ from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, 
 from penstock._machine.slot import Reason, Slot, SlotRef
 from penstock.async_opening import called
 from penstock.clock import clock
-from penstock.opening import CONNECT_SECONDS, Failure
+from penstock.opening import CONNECT_SECONDS, Failure, SameAgain
 from penstock.upkeep import LONGEST_SLEEP
 
 if TYPE_CHECKING:
@@ -170,8 +170,8 @@ class AsyncUpkeep:
 
     def _carry_out_one(self, order: Order) -> None:
         match order:
-            case Open(slot):
-                self._begin_to_open(slot)
+            case Open(slot, if_changed):
+                self._begin_to_open(slot, if_changed=if_changed)
             case Close():
                 self._close(order)
             case TickAt(when):
@@ -219,8 +219,8 @@ class AsyncUpkeep:
 
     # -- opening ----------------------------------------------------------------------------------
 
-    def _begin_to_open(self, slot: Slot) -> None:
-        task = self._spawn(self._open_slot([slot]))
+    def _begin_to_open(self, slot: Slot, *, if_changed: bool) -> None:
+        task = self._spawn(self._open_slot([slot], if_changed=if_changed))
         if task is not None:
             self._connects.add(task)
             task.add_done_callback(self._connects.discard)
@@ -233,7 +233,7 @@ class AsyncUpkeep:
         if connects:
             await asyncio.wait(connects, timeout=loops.CANCELLED_SECONDS)
 
-    async def _open_slot(self, place: list[Slot]) -> None:
+    async def _open_slot(self, place: list[Slot], *, if_changed: bool) -> None:
         """In a task: open a connection for the slot in this place.
 
         Neither the task nor this frame holds the slot once the machine has it: else one that was
@@ -242,10 +242,14 @@ class AsyncUpkeep:
         await asyncio.sleep(0)  # a loop may run a new task at once, in the middle of our caller
         try:
             async with self._connecting:
-                link = await self._opener.open(CONNECT_SECONDS)
+                link = await self._opener.open(CONNECT_SECONDS, if_changed=if_changed)
             self._watch(link, place[0].ref)
+        except SameAgain:
+            self._carry_out(self._machine.unchanged(place.pop(), clock()))
+            self._tell_onlookers()
+            return
         except BaseException as error:  # also a SystemExit of a user's callable
-            await self._open_failed(place, error)
+            await self._open_failed(place, error, may_change=not if_changed)
             if isinstance(error, asyncio.CancelledError):
                 raise
             return
@@ -258,23 +262,32 @@ class AsyncUpkeep:
         if outage is not None:
             _log.warning("pool %r: connections can be opened again", self.name)
 
-    async def _open_failed(self, place: list[Slot], error: BaseException) -> None:
+    async def _open_failed(
+        self, place: list[Slot], error: BaseException, *, may_change: bool
+    ) -> None:
         try:
             failure = await self._explain(error)
         except BaseException:
-            self._note_failure(place.pop(), self._opener.explain_at_once(error))
+            failure = self._opener.explain_at_once(error)
+            self._note_failure(place.pop(), failure, may_change=False)
             raise
-        self._note_failure(place.pop(), failure)
+        may_change = may_change and self._opener.may_change()
+        self._note_failure(place.pop(), failure, may_change=may_change)
 
     async def _explain(self, error: BaseException) -> Failure:
         if isinstance(error, asyncio.CancelledError):
             return self._opener.explain_at_once(_Cancelled())
         return await self._opener.explain(error)
 
-    def _note_failure(self, slot: Slot, failure: Failure) -> None:
+    def _note_failure(self, slot: Slot, failure: Failure, *, may_change: bool) -> None:
         before = self._machine.outage
         orders = self._machine.open_failed(
-            slot, failure, clock(), heals=failure.heals, sqlstate=failure.sqlstate
+            slot,
+            failure,
+            clock(),
+            heals=failure.heals,
+            sqlstate=failure.sqlstate,
+            may_change=may_change,
         )
         self._carry_out(orders)
         self._tell_onlookers()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock._drivers.protocol import Activity, Diagnosis, Recipe
@@ -23,6 +24,9 @@ from penstock.secret import Hidden, Secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    #: Name of the setting, path, time of the last change, size, inode.
+    Files = tuple[tuple[str, str, int, int, int], ...]
 
     from penstock._drivers.protocol import StatementLimit
     from penstock.config import PoolConfig
@@ -46,6 +50,15 @@ DIAGNOSE_SECONDS: Final = 2.0
 
 #: No part of a host's name or a port, and often of a password that was not escaped, or of settings.
 _UNSHOWN: Final = set("@=; \"'")
+
+#: Settings that name files which a connect reads, and the variables that do, too (libpq 32.1.2, 32.15).
+_FILES: Final = {
+    "passfile": "PGPASSFILE",
+    "sslcert": "PGSSLCERT",
+    "sslkey": "PGSSLKEY",
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslcrl": "PGSSLCRL",
+}
 
 #: How many failures' diagnoses are remembered.
 REMEMBERED: Final = 4
@@ -93,6 +106,8 @@ class Opener:
         # The last diagnoses and the failures that they explained: the same words again have the same
         # reason, and need no second attempt. Several, since one cause can come in two wordings by turns.
         self._known: dict[tuple[type, str], Diagnosis] = {}
+        # What the last attempt was made with, to be compared with the next, and to be diagnosed.
+        self._tried: Hidden[tuple[Recipe, Files] | None] = Hidden(None)
 
     def recipe(self) -> Recipe:
         """What the next connect is made from."""
@@ -124,20 +139,43 @@ class Opener:
         found._limit = None  # noqa: SLF001  its own
         return found
 
-    def open(self, seconds: float = CONNECT_SECONDS) -> Any:
+    def open(self, seconds: float = CONNECT_SECONDS, *, if_changed: bool = False) -> Any:
         """Open and configure a link. It comes back parked, idle and remembered as it is.
 
         Raises:
+            SameAgain: `if_changed`, and it would be made with what the last attempt was made with.
             Exception: the driver's, or what a callable of the user raised. Nothing is left open.
         """
         began = clock()
-        link = self._driver.open(self._called_recipe(), seconds)
+        link = self._driver.open(self.begin(self._called_recipe(), if_changed=if_changed), seconds)
         try:
             self._configure_within(link, max(DIAGNOSE_SECONDS, began + seconds - clock()))
         except BaseException:
             link.close()
             raise
         return link
+
+    def begin(self, recipe: Recipe, *, if_changed: bool) -> Recipe:
+        """Note what is going to be tried; gives it back.
+
+        Raises:
+            SameAgain: `if_changed`, and it is the same as the last time.
+        """
+        attempt = Hidden((recipe, stamps_of(recipe)))
+        if if_changed and _is_same(self._tried, attempt):
+            raise SameAgain
+        self._tried = Hidden(attempt.value)
+        return recipe
+
+    def may_change(self) -> bool:
+        """Whether the next attempt may be made with something else than the last one was."""
+        config, tried = self._config, self._tried.value
+        return callable(config.conninfo) or callable(config.kwargs) or bool(tried and tried[1])
+
+    def tried(self) -> Recipe | None:
+        """What the last attempt was made with."""
+        found = self._tried.value
+        return None if found is None else found[0]
 
     def _called_recipe(self) -> Recipe:
         """The recipe; a bug in a callable of the user is told from a server that is down."""
@@ -210,10 +248,55 @@ class Opener:
 
     def _diagnosis(self, error: BaseException) -> Diagnosis:
         try:
-            diagnosis: Diagnosis = self._driver.diagnose(error, self.recipe(), DIAGNOSE_SECONDS)
+            # What was refused is diagnosed: a callable may say something else by now.
+            recipe = self.tried() or self.recipe()
+            diagnosis: Diagnosis = self._driver.diagnose(error, recipe, DIAGNOSE_SECONDS)
         except Exception:  # noqa: BLE001  a diagnosis that fails must not hide the failure
             diagnosis = undiagnosed(error)
         return diagnosis
+
+
+class SameAgain(Exception):  # noqa: N818  it is what was found
+    """What would be tried is what was tried, and refused."""
+
+
+def stamps_of(recipe: Recipe) -> Files:
+    """Which files a connect reads that are named in its settings, and as what they are there now.
+
+    Only those that the settings or the environment name. libpq's defaults in the home directory are not
+    looked at: who has them need not have meant them, and would wait for nothing.
+    """
+    words = _words_of(Hidden(recipe.conninfo), Hidden(recipe.kwargs))
+    named = {name: words.value.get(name) or os.environ.get(_FILES[name]) for name in _FILES}
+    return tuple((name, *_stamp(str(path))) for name, path in named.items() if path)
+
+
+def _stamp(path: str) -> tuple[str, int, int, int]:
+    try:
+        found = Path(path).stat()
+    except (OSError, ValueError):
+        return path, 0, 0, 0
+    return path, found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _is_same(one: Hidden[tuple[Recipe, Files] | None], other: Hidden[tuple[Recipe, Files]]) -> bool:
+    """Compared, and never shown. What cannot be compared is taken to be the same: no login is made for it."""
+    if one.value is None:
+        return False
+    try:
+        return bool(one.value == other.value)
+    except Exception:  # noqa: BLE001  of a value of the user's
+        return True
+
+
+def _words_of(
+    conninfo: Hidden[str], kwargs: Hidden[Mapping[str, Any] | None]
+) -> Hidden[dict[str, Any]]:
+    """The settings of one attempt; none where they do not parse: the driver says so better."""
+    said = Hidden(read(Secret(conninfo.value)) if isinstance(conninfo.value, str) else {})
+    if isinstance(said.value, Wrong):
+        return Hidden({})
+    return Hidden({**said.value, **(kwargs.value or {})})
 
 
 def where_of(conninfo: Hidden[str], kwargs: Hidden[Mapping[str, Any] | None]) -> str | None:
@@ -221,10 +304,9 @@ def where_of(conninfo: Hidden[str], kwargs: Hidden[Mapping[str, Any] | None]) ->
 
     What is no host name and no address is not shown: it may be the end of a password.
     """
-    said = Hidden(read(Secret(conninfo.value)) if isinstance(conninfo.value, str) else {})
-    if isinstance(said.value, Wrong):
+    words = _words_of(conninfo, kwargs)
+    if conninfo.value and not words.value:
         return None
-    words = Hidden({**said.value, **(kwargs.value or {})})
 
     def setting(name: str, variable: str) -> str:
         return str(words.value.get(name) or os.environ.get(variable) or "")

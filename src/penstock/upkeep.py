@@ -20,7 +20,7 @@ from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, 
 from penstock._machine.slot import Reason, Slot, SlotRef
 from penstock.clock import clock
 from penstock.errors import PenstockError
-from penstock.opening import CONNECT_SECONDS, Failure
+from penstock.opening import CONNECT_SECONDS, Failure, SameAgain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,8 +109,8 @@ class Upkeep:
 
     def _carry_out_one(self, order: Order, close: Callable[[Callable[[], object]], object]) -> None:
         match order:
-            case Open(slot):
-                keeper.current().submit(partial(self._open_slot, [slot]))
+            case Open(slot, if_changed):
+                keeper.current().submit(partial(self._open_slot, [slot], if_changed=if_changed))
             case Close():
                 close(partial(self._close_slot, order))
             case TickAt(when):
@@ -120,7 +120,7 @@ class Upkeep:
             case ReportOutage(seconds):
                 self._report_outage(seconds)
 
-    def _open_slot(self, place: list[Slot]) -> None:
+    def _open_slot(self, place: list[Slot], *, if_changed: bool = False) -> None:
         """In a worker: open a connection for the slot in this place.
 
         Neither the job nor this frame holds the slot once the machine has it: else one that was lent
@@ -129,11 +129,14 @@ class Upkeep:
         slot = place.pop()
         prepare_drivers()
         try:
-            link = self._opener.open(CONNECT_SECONDS)
+            link = self._opener.open(CONNECT_SECONDS, if_changed=if_changed)
             _watch(link, slot.ref)
+        except SameAgain:
+            self._unchanged(slot)
+            return
         except BaseException as error:  # noqa: BLE001  also a SystemExit of a user's callable
             if self._machine.has(slot):  # else it is the parent's, and this a forked child
-                self._open_failed(slot, error)
+                self._open_failed(slot, error, may_change=not if_changed)
             return
         with self._lock:
             outage = self._machine.outage
@@ -144,13 +147,25 @@ class Upkeep:
         if outage is not None:
             _log.warning("pool %r: connections can be opened again", self.name)
 
-    def _open_failed(self, slot: Slot, error: BaseException) -> None:
+    def _unchanged(self, slot: Slot) -> None:
+        with self._lock:
+            orders = self._machine.unchanged(slot, clock())
+        self._carry_out(orders)
+        self._tell_onlookers()
+
+    def _open_failed(self, slot: Slot, error: BaseException, *, may_change: bool) -> None:
         failure = self._opener.explain(error)
         del error
+        may_change = may_change and self._opener.may_change()
         with self._lock:
             before = self._machine.outage
             orders = self._machine.open_failed(
-                slot, failure, clock(), heals=failure.heals, sqlstate=failure.sqlstate
+                slot,
+                failure,
+                clock(),
+                heals=failure.heals,
+                sqlstate=failure.sqlstate,
+                may_change=may_change,
             )
         self._carry_out(orders)
         self._tell_onlookers()

@@ -222,9 +222,9 @@ class LendsCondemned(Machine):
 class KeepsFailed(Machine):
     __slots__ = ()
 
-    def open_failed(self, slot, error, now, *, heals, sqlstate):
+    def open_failed(self, slot, error, now, **said):
         ref = slot.ref
-        orders = super().open_failed(slot, error, now, heals=heals, sqlstate=sqlstate)
+        orders = super().open_failed(slot, error, now, **said)
         if ref is not None and ref.serial not in self.refs:
             self.refs[ref.serial] = ref
         return orders

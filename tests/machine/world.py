@@ -91,6 +91,7 @@ class World:
         self.outdated: list[FakeLink] = []  # of before a drain: not to be lent any more
         self.dropped = 0  # slots that a step dropped, and that are not home yet
         self.bound = limits.max_size
+        self.may_change = chance() > 0.6  # the password comes from a callable
         self.reported = 0
         self._start_counting()
 
@@ -247,7 +248,7 @@ class World:
         else:
             if flight.outdated and isinstance(flight.result, FakeLink):
                 self.outdated.append(flight.result)
-            self._answer_open(flight.order.slot, flight.result)
+            self._answer_open(flight.order.slot, flight.result, if_changed=flight.order.if_changed)
 
     def _answer_close(self, order: Close) -> None:
         link = order.slot.link
@@ -264,7 +265,9 @@ class World:
             self.closed[order.reason.value] = self.closed.get(order.reason.value, 0) + 1
         self._take_on(self.machine.closed(order.slot, order.reason, self.now))
 
-    def _answer_open(self, slot: Slot, result: FakeLink | FakeError | None) -> None:
+    def _answer_open(
+        self, slot: Slot, result: FakeLink | FakeError | None, *, if_changed: bool
+    ) -> None:
         known = self.machine.has(slot)
         if isinstance(result, FakeLink):
             self.opened += known
@@ -272,11 +275,19 @@ class World:
             return
         assert result is not None
         said = self.driver.diagnose(result, Recipe(), 1.0)
+        if if_changed and not said.heals:  # refused before, and it would be the same again
+            self._take_on(self.machine.unchanged(slot, self.now))
+            return
         current = slot.generation == self.machine.generation
         self.open_failures += known and current and self.machine.phase is Phase.OPEN
         self._take_on(
             self.machine.open_failed(
-                slot, result, self.now, heals=said.heals, sqlstate=said.sqlstate
+                slot,
+                result,
+                self.now,
+                heals=said.heals,
+                sqlstate=said.sqlstate,
+                may_change=self.may_change and not if_changed,
             )
         )
 

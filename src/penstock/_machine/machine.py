@@ -340,9 +340,20 @@ class Machine:
         return orders
 
     def open_failed(
-        self, slot: Slot, error: Any, now: float, *, heals: bool, sqlstate: str | None
+        self,
+        slot: Slot,
+        error: Any,
+        now: float,
+        *,
+        heals: bool,
+        sqlstate: str | None,
+        may_change: bool = False,
     ) -> list[Order]:
-        """The answer to `Open`: it did not work."""
+        """The answer to `Open`: it did not work.
+
+        `may_change`: it would be tried with something else once the user's callable, or a file, says so. To be
+        false after an attempt that was ordered `if_changed`: answers that are new each time are no news.
+        """
         current = self.has(slot) and slot.generation == self.generation
         self._forget(slot)
         slot.move(Move.OPEN_FAILED)
@@ -350,13 +361,32 @@ class Machine:
             return self.look_again(now)  # it says nothing of the server as it is now
         self.tally.open_failures += 1
         outage = self.outage or Outage(now)
-        outage.note(error, now, heals=heals, sqlstate=sqlstate, random=self.random)
+        outage.note(
+            error,
+            now,
+            heals=heals,
+            sqlstate=sqlstate,
+            random=self.random,
+            may_change=may_change,
+        )
         self.outage = outage  # complete: reports read it without the lock
         if not heals and not self._connected():
             self._refuse_all(Refusal.UNREACHABLE, now)
         orders: list[Order] = []
         self._report_outage(now, orders)
         return orders + self.look_again(now)
+
+    def unchanged(self, slot: Slot, now: float) -> list[Order]:
+        """The answer to `Open` with `if_changed`: it would be tried with what was refused."""
+        current = self.has(slot) and slot.generation == self.generation
+        self._forget(slot)
+        slot.move(Move.OPEN_FAILED)
+        outage = self.outage
+        if current and outage is not None and not outage.heals:
+            outage.unchanged(now)
+            if not self._connected():
+                self._refuse_all(Refusal.UNREACHABLE, now)
+        return self.look_again(now)
 
     def closed(self, slot: Slot, reason: Reason, now: float) -> list[Order]:
         """The answer to `Close`: the connection has ended, its right is free."""
@@ -638,7 +668,8 @@ class Machine:
             ref = refer_to(slot, serial, self.orphans, self.home)
             self.refs[ref.serial] = ref
             self.opening[ref.serial] = ref
-            orders.append(Open(slot))
+            outage = self.outage
+            orders.append(Open(slot, if_changed=outage is not None and outage.asks(now)))
         self._look_later(now, orders)
 
     def _look_later(self, now: float, orders: list[Order]) -> None:
@@ -696,8 +727,7 @@ class Machine:
         if self.phase is not Phase.OPEN:
             return Refusal.CLOSED
         outage = self.outage
-        hopeless = outage is not None and not outage.heals and now < outage.next_for_waiters
-        if hopeless and not self._connected():
+        if outage is not None and outage.is_hopeless(now) and not self._connected():
             return Refusal.UNREACHABLE
         if 0 < self.limits.max_waiting <= len(self.waiters) and (
             len(self.waiting()) >= self.limits.max_waiting

@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Open a connection for this slot, then tell `Machine.opened` or `Machine.open_failed`."""
+    """Open a connection for this slot, then tell `Machine.opened` or `Machine.open_failed`.
+
+    `if_changed`: only if it would be tried with something else than what was refused (the user's callable gives
+    another password, a file was replaced); else tell `Machine.unchanged`, and leave the server alone.
+    """
 
     slot: Slot
+    if_changed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

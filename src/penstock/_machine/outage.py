@@ -8,12 +8,14 @@ read it without, so the machine publishes an outage only when it is complete.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from .policy import UNHEALABLE_DELAY, retry_delay
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+NEVER: Final = float("inf")
 
 
 class Outage:
@@ -26,6 +28,9 @@ class Outage:
         sqlstate: the server's code for it, if it gave one.
         heals: whether trying again can help.
         next_for_waiters: when to try again if somebody waits.
+        next_question: where what was refused may change (a callable gives the password): when to ask whether
+            it has; infinite where it need not be asked before `next_for_waiters`.
+        questions: how often that was asked in vain since the last attempt.
         next_for_nobody: when to try again if nobody does.
         reported: it has lasted longer than the user wants to bear, and that was said.
     """
@@ -36,6 +41,8 @@ class Outage:
         "heals",
         "next_for_nobody",
         "next_for_waiters",
+        "next_question",
+        "questions",
         "reported",
         "since",
         "sqlstate",
@@ -49,6 +56,8 @@ class Outage:
         self.heals = True
         self.next_for_waiters = since
         self.next_for_nobody = since
+        self.next_question = NEVER
+        self.questions = 0
         self.reported = False
 
     def note(
@@ -59,8 +68,9 @@ class Outage:
         heals: bool,
         sqlstate: str | None,
         random: Callable[[], float],
+        may_change: bool = False,
     ) -> None:
-        """One more attempt failed."""
+        """One more attempt failed; `may_change`: what was refused may be another thing at any time."""
         self.failures += 1
         self.error, self.sqlstate, self.heals = error, sqlstate, heals
         down_for, chance = now - self.since, random()
@@ -72,10 +82,34 @@ class Outage:
 
         self.next_for_nobody = now + delay(waited_for=False)
         self.next_for_waiters = now + delay(waited_for=True)
+        self.questions, self.next_question = 0, NEVER
+        if may_change and not heals:
+            self.next_question = now + self._question_delay()
         if not heals:
             self.next_for_waiters = now + UNHEALABLE_DELAY
             self.next_for_nobody = max(self.next_for_nobody, self.next_for_waiters)
 
     def due(self, *, waited_for: bool) -> float:
-        """When to try again."""
-        return self.next_for_waiters if waited_for else self.next_for_nobody
+        """When to try again, or to ask whether there is something new to try."""
+        if waited_for:
+            return min(self.next_for_waiters, self.next_question)
+        return self.next_for_nobody
+
+    def asks(self, now: float) -> bool:
+        """Whether what is due now is the question only, and no attempt."""
+        return not self.heals and now < self.next_for_waiters
+
+    def is_hopeless(self, now: float) -> bool:
+        """Whether to send borrowers away at once: nothing new can be tried, and the last try was refused.
+
+        Where it may have changed they wait for the next question, 0.2 s at most.
+        """
+        return self.asks(now) and self.next_question == NEVER
+
+    def unchanged(self, now: float) -> None:
+        """It was asked, and there is nothing new to try."""
+        self.questions += 1
+        self.next_question = now + self._question_delay()
+
+    def _question_delay(self) -> float:
+        return retry_delay(self.questions + 1, 0.0, waited_for=True, sqlstate=None, random=0.0)

@@ -153,9 +153,9 @@ class _OpenerAtStandIn(Opener):
             keepalive={},
         )
 
-    def open(self, seconds: float = CONNECT_SECONDS) -> Any:
+    def open(self, seconds: float = CONNECT_SECONDS, *, if_changed: bool = False) -> Any:
         """Open a link, and remember which of the stand-in's clients it is."""
-        link = super().open(seconds)
+        link = super().open(seconds, if_changed=if_changed)
         number = int(link.handle.parameter_status(NUMBER.encode()))
         self._session.links[number] = link
         # psycopg's holds the global lock while it waits for the server, which here is a thread.
