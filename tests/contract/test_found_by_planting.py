@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from penstock import ConnectionPool, ServerUnavailable, keeper, upkeep
+from penstock import ConnectionPool, ServerUnavailable, fork, keeper, upkeep
+from penstock._drivers.protocol import Activity
 from penstock._machine.machine import Waiter
+from penstock._machine.slot import SlotState
 from penstock.alarm import Alarm
 from penstock.dedicated import Opening
 from penstock.testing import FakeDriver
+from penstock.testing.fakes import FakeLink
 from tests.forks import Child, until
 
 PATIENCE = 10.0  # seconds: the price of a failure
@@ -203,9 +206,86 @@ def test_what_an_interrupted_waiter_was_given_goes_on_as_it_is(pool, monkeypatch
 
 
 def test_a_ping_leaves_half_of_the_borrowers_time_for_another_connection(pool):
-    given = []
+    given: list[float] = []
     link = SimpleNamespace(ping=given.append)
     pool._make_sure(link, 3.0, reset_pending=False)
     pool._make_sure(link, 60.0, reset_pending=False)
     pool._make_sure(link, 0.0, reset_pending=False)
     assert given == [1.5, 5.0, 0.1]
+
+
+def test_each_lease_looks_whether_the_process_was_forked(make_pool, monkeypatch):
+    pool = make_pool(max_size=1)
+    pool.execute("select 1")
+    noticed = []
+
+    def notice():
+        noticed.append(os.getpid())
+        fork.page[0] = 1
+
+    monkeypatch.setattr(fork, "noticed", notice)
+    fork.page[0] = 0
+    try:
+        with pool.connection():
+            assert noticed
+    finally:
+        fork.page[0] = 1
+
+
+def test_a_move_that_was_cut_off_is_done_by_the_keeper(pool):
+    conn = pool.getconn()
+    waiter = Waiter(0, list)
+    pool._queue_up(waiter)
+    [slot] = pool._machine.slots()
+    pool._getconns.clear()
+    slot.link.park()
+    slot.state = SlotState.IDLE
+    pool._machine.idle.append(slot)  # a return that was interrupted before it looked for waiters
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pool._cut_short()
+    until(lambda: waiter.slot is not None, seconds=PATIENCE)
+    assert waiter.slot is slot
+    pool._getconns[id(conn)], waiter.slot = slot, None
+    slot.link.lend()
+    del slot
+    pool.putconn(conn)
+
+
+def test_an_error_that_is_stored_after_a_failed_commit_holds_no_slot(make_pool, monkeypatch):
+    def refuse(_link):
+        raise ValueError("no")
+
+    pool = make_pool(max_size=1)
+    pool.execute("select 1")
+    monkeypatch.setattr(FakeLink, "commit", refuse)
+    with pytest.raises(ValueError, match="no") as stored, pool.connection() as conn:
+        conn.execute("insert")
+    until(lambda: pool._machine.idle)
+    ref = pool._machine.idle[0].ref
+    pool._machine.idle.clear()
+    assert ref() is None, stored.traceback
+    until(lambda: pool.stats().idle + pool.stats().orphaned > 1)
+
+
+def test_what_check_began_has_ended_before_the_borrower_has_it(fake):
+    def check(conn):
+        conn.execute("begin")
+
+    with ConnectionPool(driver=FakeDriver(fake), min_size=0, check=check) as pool:
+        with pool.connection() as conn:
+            [slot] = pool._machine.slots()
+            assert slot.link.activity() is Activity.IDLE
+            assert conn
+        del slot
+
+
+def test_a_reset_that_leaves_a_transaction_costs_the_connection(fake):
+    def reset(conn):
+        conn.execute("begin")
+
+    with ConnectionPool(driver=FakeDriver(fake), reset=reset) as pool:
+        with pool.connection():
+            pass
+        until(lambda: pool.stats().closed.get("unclean"), seconds=PATIENCE)

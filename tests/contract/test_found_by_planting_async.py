@@ -4,8 +4,9 @@ import asyncio
 import contextvars
 
 from penstock import AsyncConnectionPool
+from penstock._machine.machine import Machine, Waiter
 from penstock._machine.slot import SlotState
-from penstock.testing import AsyncFakeDriver, FakeServer
+from penstock.testing import AsyncFakeDriver, FakeServer, Mode
 
 PATIENCE = 10.0  # seconds: the price of a failure
 
@@ -74,3 +75,101 @@ def test_what_a_request_keeps_in_context_variables_is_not_seen_by_the_pools_own_
 
     run(scenario, min_size=0, configure=configure)
     assert seen == ["nobody"]
+
+
+async def cancel_in_the_middle(work, server):
+    """Cancel it where it waits for the server's answer; a lost slot would be told as an orphan."""
+    task = asyncio.get_running_loop().create_task(work)
+    server.mode = Mode.HANGING
+    await until(lambda: any(each._in_use_by for each in server.sessions.values()))
+    task.cancel()
+    await asyncio.wait({task})
+    server.mode = Mode.UP
+    assert task.cancelled()
+
+
+async def borrow(pool):
+    async with pool.connection():
+        pass
+
+
+def test_a_ping_that_is_cancelled_loses_no_slot():
+    async def scenario(pool, server):
+        await pool.execute("select 1")
+        pool._machine._doubt()
+        await cancel_in_the_middle(borrow(pool), server)
+        await pool.execute("select 1")
+        assert not pool.stats().orphaned
+
+    run(scenario)
+
+
+def test_a_check_that_is_cancelled_loses_no_slot():
+    async def check(conn):
+        await conn.execute("select 'check'")
+
+    async def scenario(pool, server):
+        await pool.execute("select 1")
+        await cancel_in_the_middle(borrow(pool), server)
+        await pool.execute("select 1")
+        assert not pool.stats().orphaned
+
+    run(scenario, check=check)
+
+
+def test_an_on_borrow_that_is_cancelled_loses_no_slot():
+    async def on_borrow(conn):
+        await conn.execute("select 'on_borrow'")
+
+    async def scenario(pool, server):
+        await pool.execute("select 1")
+        await cancel_in_the_middle(borrow(pool), server)
+        await pool.execute("select 1")
+        assert not pool.stats().orphaned
+
+    run(scenario, on_borrow=on_borrow)
+
+
+def test_a_rollback_that_is_cancelled_loses_no_slot():
+    async def scenario(pool, server):
+        await pool.execute("select 1")
+        conn = await pool.getconn()
+        await conn.execute("insert")
+        await cancel_in_the_middle(pool.putconn(conn), server)
+        await pool.execute("select 1")
+        assert not pool.stats().orphaned
+
+    run(scenario)
+
+
+def test_who_leaves_by_a_cancellation_waits_for_no_answer():
+    async def scenario(pool, server):
+        lease = pool.connection()
+        conn = await lease.__aenter__()
+        await conn.execute("insert")
+        server.mode = Mode.HANGING
+        leaving = lease.__aexit__(asyncio.CancelledError, asyncio.CancelledError(), None)
+        task = asyncio.get_running_loop().create_task(leaving)
+        for _ in range(5):  # steps, of which it needs one
+            await asyncio.sleep(0)
+        assert task.done()
+        server.mode = Mode.UP
+
+    run(scenario)
+
+
+def test_a_borrower_who_is_destroyed_in_another_thread_makes_no_move_there(monkeypatch):
+    moves: list[None] = []
+
+    async def scenario(pool, _server):
+        conn = await pool.getconn()
+        waiter = Waiter(0, list)
+        pool._queue_up(waiter)
+        with monkeypatch.context() as patch:
+            patch.setattr(Machine, "give_up", lambda *_args, **_options: moves.append(None) or [])
+            await asyncio.to_thread(pool._leave_queue, waiter)
+        assert not moves
+        pool._leave_queue(waiter)
+        await pool.putconn(conn)
+
+    run(scenario)
