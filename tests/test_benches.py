@@ -55,3 +55,16 @@ def test_a_borrow_and_return_on_asyncio_suspends_nowhere_and_stays_short(tmp_pat
         # -1 would say that it had to wait for something.
         assert 0 < figures[f"penstock, {driver}"]["instructions"] <= 260
     assert printed.count("\nPASS  ") + printed.count("\nmiss  ") == 2
+
+
+def test_each_guard_of_the_hot_path_is_found_and_can_be_taken_out_of_it(tmp_path):
+    figures, _ = run("guards.py", tmp_path, "--rounds", "1")
+    assert list(figures) == ["psycopg 3", "psycopg2", "psycopg 3, asyncio", "asyncpg"]
+    for driver in figures.values():
+        whole = driver["the whole"]["instructions"]
+        guards = {name: one for name, one in driver.items() if "low" in one}
+        assert len(guards) >= 13
+        for name, one in guards.items():
+            # Some are saved, so it is out; and never the greater part, so the rest still does its work.
+            least = 0 if name.startswith("interrupts") else 2  # a `try` costs none on 3.13
+            assert least <= one["instructions"] < whole / 4
