@@ -139,28 +139,20 @@ async def sessions(w, server, like, *, within):
 
 
 async def ends(w, server, silent):
-    longest: dict[bool, tuple[float, str]] = {}
-    wrong, printed, left = [], [], []
     played = [end for end in (ENDS if w.long else SHORT) if is_for(w, end)]
+    longest: dict[bool, tuple[float, str]] = {}
+    wrong: list[str] = []
+    printed: list[str] = []
+    left: list[str] = []
     for end in played:
-        child = w.process("closing", quiet=True, conninfo=server.conninfo(), silent=silent, end=end)
-        while child.line() != "ending":
-            assert child.process.poll() is None, (end, child.errors())
-        began = now()
-        try:
-            await w.aside(lambda child=child: child.process.wait(30))
-        except subprocess.TimeoutExpired:
-            child.process.send_signal(signal.SIGABRT)  # faulthandler tells where it stands
-            await w.aside(child.process.wait)
-        took, told = now() - began, child.errors()
+        limit = 1.0 + (end in CLOSE) * CLOSING
+        took, *bad = await one_end(w, server, silent, end)
+        if took > limit:  # the machine may have been busy: what hangs hangs again
+            again, *more = await one_end(w, server, silent, end)
+            took, bad = min(took, again), [max(pair) for pair in zip(bad, more, strict=True)]
         longest[end in CLOSE] = max((took, end), longest.get(end in CLOSE, (0.0, "")))
-        complaints = sum(told.count(word) for word in COMPLAINTS) - (end in RAISES)
-        if complaints or child.process.returncode != ENDS[end]:
-            print(f"{end}: {told}", file=sys.stderr)
-        wrong += [f"{end}: {child.process.returncode}"] * (child.process.returncode != ENDS[end])
-        printed += [end] * (complaints > 0)
-        found = await sessions(w, server, f"%/{child.process.pid}", within=1.0)
-        left += [f"{end}: {found}"] * (found > 0)
+        for each, found in zip((wrong, printed, left), bad, strict=True):
+            each.extend([f"{end}: {found}"] * bool(found))
     for what, closing in (("the interpreter's end", False), ("with a close() in it", True)):
         took, end = longest.get(closing, (0.0, "-"))
         limit = 1.0 + closing * CLOSING
@@ -178,6 +170,25 @@ async def ends(w, server, silent):
     ):
         value = "; ".join([str(len(found)), *found])
         w.figure(f"ends: {what}", value, goal="0", met=not found)
+
+
+async def one_end(w, server, silent, end):
+    """Seconds; whether its status is not the program's, how much it complained, sessions a second later."""
+    child = w.process("closing", quiet=True, conninfo=server.conninfo(), silent=silent, end=end)
+    while child.line() != "ending":
+        assert child.process.poll() is None, (end, child.errors())
+    began = now()
+    try:
+        await w.aside(lambda: child.process.wait(30))
+    except subprocess.TimeoutExpired:
+        child.process.send_signal(signal.SIGABRT)  # faulthandler tells where it stands
+        await w.aside(child.process.wait)
+    took, told, status = now() - began, child.errors(), child.process.returncode
+    complaints = sum(told.count(word) for word in COMPLAINTS) - (end in RAISES)
+    if complaints or status != ENDS[end]:
+        print(f"{end}: {told}", file=sys.stderr)
+    left = await sessions(w, server, f"%/{child.process.pid}", within=1.0)
+    return took, status != ENDS[end], complaints, left
 
 
 def is_for(w, end):
