@@ -60,6 +60,9 @@ DEAD: Final = DeadProtocol(GIVEN_BACK)
 #: In a forked child, for what was open at the fork.
 INHERITED: Final = DeadProtocol(INHERITED_SESSION)
 
+#: What is noted while a COPY is under way.
+COPYING: Final = "copying"
+
 _FORGETTING: Final = frozenset(("DISCARD ALL", "DEALLOCATE ALL"))
 
 # (schema, type) -> the method that set its codec, and with what.
@@ -220,13 +223,18 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
     def _watched_copy(self) -> Iterator[None]:
         # Cancelled when the server's answer has just come, asyncpg leaves the COPY where it is and
         # takes the session for idle.
+        # And while the program's own code takes or gives the data, nothing of asyncpg's tells that it is in one.
+        touched = self._penstock.touched
+        touched.add(COPYING)
         try:
             yield
         except (asyncpg.PostgresError, asyncpg.InterfaceError):
             raise
         except BaseException:
-            self._penstock.touched.add("copy")
+            touched.add("copy")
             raise
+        finally:
+            touched.discard(COPYING)
 
     async def close(self, *, timeout: Any = None) -> None:
         """End the session, as in asyncpg."""
@@ -265,7 +273,7 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
             async with asyncio.timeout(self._config.command_timeout):
                 await ask_to_cancel(self._target())
                 _finish(sent)
-                if answered is not None:
+                if answered is not None and self._penstock.protocol.is_connected():
                     await asyncio.shield(answered)
         except asyncio.CancelledError:
             pass  # the session ends, or the loop; nobody waits for this task

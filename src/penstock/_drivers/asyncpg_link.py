@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 import asyncpg
 
 from penstock._drivers.asyncpg_end import drop, is_running, look_at
-from penstock._drivers.asyncpg_guard import DEAD, INHERITED, Settings
+from penstock._drivers.asyncpg_guard import COPYING, DEAD, INHERITED, Settings
 from penstock._drivers.asyncpg_limit import LimitedProtocol
 from penstock._drivers.asyncpg_renewal import renewed
 from penstock._drivers.protocol import Activity, Reply
@@ -181,7 +181,9 @@ class AsyncpgLink:
 
     def _is_busy(self) -> bool:
         """Whether a statement is under way, or being cancelled: asyncpg waits for a future then."""
-        return bool(self.protocol._is_cancelling()) or any(
+        if COPYING in self.touched or self.protocol._is_cancelling():
+            return True
+        return any(
             isinstance(each, asyncio.Future) and not each.done()
             for each in get_referents(self.protocol)
         )

@@ -165,7 +165,11 @@ class Link(Protocol[ConnT]):
         """One round trip. False if dead or not answered in time; then good for `discard` only."""
 
     def start_reset(self) -> bool:
-        """Send the session reset without waiting. False: could not; discard."""
+        """Send the session reset without waiting. False: could not; discard.
+
+        A driver whose library can only wait says so by an attribute, ``reset_waits = True``: a worker
+        calls this then, and nothing is pending afterwards.
+        """
 
     def finish_reset(self, seconds: float | None) -> bool:
         """Read the answer to `start_reset`. False: not clean, or not in time; discard."""

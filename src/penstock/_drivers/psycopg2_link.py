@@ -113,6 +113,9 @@ class Psycopg2Link:
         self._settings = Settings(self.conn)
         self.odd_types = self._settings.odd_types(self.conn)
 
+    #: `start_reset` waits for the answer.
+    reset_waits = True
+
     # --- hot
 
     def lend(self) -> None:
