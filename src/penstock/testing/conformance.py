@@ -147,6 +147,30 @@ class DriverConformance:
         with self._link(conninfo) as link:
             self._begin(link)
             self._run(link, "create temporary table left_open (n int)")
+    def test_a_held_connection_is_renewed_where_the_driver_says_that_it_can(
+        self, conninfo: str
+    ) -> None:
+        if not getattr(self.driver, "renews", False):
+            return
+        with self._link(conninfo) as link:
+            assert link.park()
+            assert link.renew(), "what was never lent is nobody's"
+            link.lend()
+            held, pid = link.conn, self._pid(link)
+            assert link.park()
+            if link.renew():
+                link.lend()
+                assert link.conn is not held
+                assert type(link.conn) is type(held)
+                assert self._pid(link) == pid
+            else:
+                assert link.activity() is Activity.BROKEN
+            try:
+                self._do(self.run(held, "select 1"))
+            except self.driver.interface_error:
+                return
+            raise AssertionError("the object that was held could be used")
+
             assert link.activity() is Activity.IN_TRANSACTION
             assert link.park() is False
             assert self._do(link.tidy(PATIENCE)) is True
