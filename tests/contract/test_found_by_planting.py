@@ -43,7 +43,7 @@ def test_who_waits_for_what_another_thread_will_put_back_is_served(pool):
     conn = pool.getconn()
 
     def put_back():
-        until(lambda: pool.stats().waiting == 1)
+        until(lambda: pool.stats().waiting == 1, seconds=PATIENCE)
         pool.putconn(conn)
 
     helper = threading.Thread(target=put_back)
@@ -110,6 +110,7 @@ def test_after_a_fork_the_parents_keeper_works_at_once():
     kept.tell(began.set)
     assert began.wait(PATIENCE)
     kept.park(PATIENCE)
+    assert kept._thread is None, "its thread runs on in the fork"
     kept.unpark()
     done = threading.Event()
     kept.tell(done.set)
@@ -247,7 +248,8 @@ def test_a_move_that_was_cut_off_is_done_by_the_keeper(pool):
         pool._cut_short()
     until(lambda: waiter.slot is not None, seconds=PATIENCE)
     assert waiter.slot is slot
-    pool._getconns[id(conn)], waiter.slot = slot, None
+    waiter.slot = None
+    pool._getconns[id(conn)] = slot
     slot.link.lend()
     del slot
     pool.putconn(conn)
