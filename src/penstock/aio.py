@@ -334,7 +334,9 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         self._join_loop()  # whose end it does not outlive
         began = clock()
         try:
-            return await opened_aside(self._opener.without_limit().open(min(seconds, CONNECT_SECONDS)))
+            return await opened_aside(
+                self._opener.without_limit().open(min(seconds, CONNECT_SECONDS))
+            )
         except Exception as error:  # noqa: BLE001  whatever it is, it is explained
             failure = await self._opener.explain(error)
         raise self._reporter.not_opened(failure, clock() - began)

@@ -21,6 +21,7 @@ from penstock._drivers.protocol import (
     Recipe,
     Renewable,
     Reply,
+    StatementLimit,
 )
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "Recipe",
     "Renewable",
     "Reply",
+    "StatementLimit",
 ]

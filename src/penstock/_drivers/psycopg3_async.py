@@ -14,7 +14,6 @@ What needs no waiting is in `psycopg3_link`, for this driver and the one for thr
 from __future__ import annotations
 
 from functools import partial
-from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
@@ -38,7 +37,7 @@ from penstock._drivers.psycopg3_diagnose import (
     one_line,
 )
 from penstock._drivers.psycopg3_guard import Settings
-from penstock._drivers.psycopg3_limit import AsyncLimitsStatements
+from penstock._drivers.psycopg3_limit import LIMIT, AsyncLimitsStatements, end_awaited
 from penstock._drivers.psycopg3_link import (
     PgconnLink,
     PsycopgDriver,
@@ -56,6 +55,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from psycopg.pq.abc import PGconn, PGresult
+
+    from penstock._drivers.protocol import StatementLimit
 
 
 class AsyncPsycopg3Link(PgconnLink):
@@ -190,12 +191,17 @@ class AsyncPsycopg3Link(PgconnLink):
 
     async def _commit(self) -> None:
         heard = self._send(b"COMMIT")
+        limit: StatementLimit | None = self.attributes.get(LIMIT)
+        seconds = None if limit is None else limit.seconds
         try:
-            await self._answered(inf)
+            answer = await self._answered(deadline_in(seconds))
         except psycopg.OperationalError:
             _raise_first(self.handle, heard)  # what the server said before it hung up
             raise
         _raise_first(self.handle, heard)
+        if answer is None and limit is not None:
+            end_awaited(self.handle)
+            raise limit.given_up()
 
     async def tidy(self, seconds: float | None) -> bool:
         """Read what is pending, roll back, restore client-side settings; within `seconds`.

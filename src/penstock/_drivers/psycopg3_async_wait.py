@@ -21,6 +21,7 @@ from psycopg.pq import TransactionStatus
 from penstock._drivers.awaiting import stop_awaiting
 from penstock._drivers.psycopg3_async_wire import CUT_OFF, stop_statement
 from penstock._drivers.psycopg3_guard import noted_of
+from penstock._drivers.psycopg3_limit import LIMIT
 from penstock._drivers.sockets import deadline_in
 
 if TYPE_CHECKING:
@@ -62,8 +63,10 @@ class HearsCancellation(psycopg.AsyncConnection[Any]):
         """
         handle, noted = self.pgconn, noted_of(self)
         fd = handle.socket
+        limit = vars(self).get(LIMIT)
+        seconds = _STOP_SECONDS if limit is None else min(_STOP_SECONDS, limit.seconds)
         try:
-            stopped = await stop_statement(handle, fd, noted, deadline_in(_STOP_SECONDS))
+            stopped = await stop_statement(handle, fd, noted, deadline_in(seconds))
         except psycopg.Error:
             stopped = False
         if not stopped:

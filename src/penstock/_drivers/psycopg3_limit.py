@@ -104,8 +104,7 @@ class AsyncLimitsStatements(psycopg.AsyncConnection[Any]):
             return await super().wait(limited, _looks(interval, limit), **_more(timeout))
         except _TimeUp as struck:
             error = _reason(struck, limit)
-        stop_awaiting(handle.socket)
-        _end(handle)
+        end_awaited(handle)
         raise error from None
 
 
@@ -126,6 +125,12 @@ def _reason(struck: _TimeUp, limit: StatementLimit) -> BaseException:
     if interrupt is not None and not isinstance(interrupt, Exception):
         return interrupt
     return error
+
+
+def end_awaited(handle: PGconn) -> None:
+    """End the session of a connection for asyncio."""
+    stop_awaiting(handle.socket)
+    _end(handle)
 
 
 def _end(handle: PGconn) -> None:

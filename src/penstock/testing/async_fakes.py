@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 from penstock._drivers.protocol import Activity, Diagnosis, Recipe, Reply
 from penstock.testing.fakes import (
-    _GONE,
     _TOO_LATE,
     DoubleUse,
     FakeCursor,
@@ -194,8 +193,9 @@ class AsyncFakeLink(FakeEnd):
         if self._pending is not None:
             raise FakeInterfaceError("the reply to a statement was not read")
         self._pending = statement, then
-        if not await self._read_what_is_pending(seconds):
-            raise FakeOperationalError(_GONE, "57P01" if self.ended else None)
+        bound = self._limit.seconds if seconds is None and self._limit is not None else seconds
+        if not await self._read_what_is_pending(bound):
+            raise self._no_answer(bound is not seconds)
 
     async def _read_what_is_pending(self, seconds: float | None) -> bool:
         self._refuse_two_at_once()
@@ -240,6 +240,7 @@ class AsyncFakeDriver:
 
     name = "fake"
     renews = renews_in_place = True
+    limits_statements = True
     operational_error: type[Exception] = FakeOperationalError
     interface_error: type[Exception] = FakeInterfaceError
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from penstock.conninfo import parse, to_conninfo
-from penstock.drivers import Activity, Recipe
+from penstock.drivers import Activity, Recipe, StatementLimit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 PATIENCE: Final = 20.0
 
 _TERMINATE = "select pg_catalog.pg_terminate_backend({})"
+
+
+class GivenUp(Exception):  # noqa: N818  it says what happened
+    """What a statement raises here that had no answer in time."""
 
 
 class DriverConformance:
@@ -143,10 +147,6 @@ class DriverConformance:
             assert link.conn is conn
             self._run(link, "select 1")
 
-    def test_a_transaction_left_open_is_not_clean_and_is_rolled_back(self, conninfo: str) -> None:
-        with self._link(conninfo) as link:
-            self._begin(link)
-            self._run(link, "create temporary table left_open (n int)")
     def test_a_held_connection_is_renewed_where_the_driver_says_that_it_can(
         self, conninfo: str
     ) -> None:
@@ -171,6 +171,10 @@ class DriverConformance:
                 return
             raise AssertionError("the object that was held could be used")
 
+    def test_a_transaction_left_open_is_not_clean_and_is_rolled_back(self, conninfo: str) -> None:
+        with self._link(conninfo) as link:
+            self._begin(link)
+            self._run(link, "create temporary table left_open (n int)")
             assert link.activity() is Activity.IN_TRANSACTION
             assert link.park() is False
             assert self._do(link.tidy(PATIENCE)) is True
@@ -362,6 +366,20 @@ class DriverConformance:
             assert task.exception() is not None
 
         self._do(scenario())
+
+    def test_a_statement_is_given_up_where_the_driver_says_that_it_can(self, conninfo: str) -> None:
+        if not getattr(self.driver, "limits_statements", False):
+            return
+        limit = StatementLimit(seconds=0.2, given_up=lambda: GivenUp("no answer"))
+        with self._link(conninfo, statement_limit=limit) as link, self._link(conninfo) as other:
+            pid = self._pid(link)
+            time.sleep(0.3)  # the borrower's own time does not count
+            assert isinstance(self._fails(link, "select pg_sleep(60)"), GivenUp)
+            assert link.activity() is Activity.BROKEN
+            link.discard()
+            gone = f"select count(*)::int from pg_stat_activity where pid = {pid}"
+            self._until(lambda: self._value(other, gone) == 0)
+            self._run(other, "select pg_sleep(0.3)")  # it has no limit
 
     def test_a_forked_child_lets_go_and_the_session_lives_on(self, conninfo: str) -> None:
         if not hasattr(os, "fork"):

@@ -291,6 +291,7 @@ class FakeEnd:
         self.user: str | None = None
         self._server = server
         self._autocommit = recipe.autocommit
+        self._limit = recipe.statement_limit
         self._parked = False
         self._activity = Activity.IDLE
         # Bare descriptors: a socket object that dies in a cycle warns before `__del__` can close it.
@@ -360,6 +361,12 @@ class FakeEnd:
                 self._activity = Activity.IN_FAILED_TRANSACTION
             raise answer
         return answer
+
+    def _no_answer(self, bounded: bool) -> Exception:
+        if bounded and self._limit is not None and not self.ended:
+            self._end()
+            return self._limit.given_up()
+        return FakeOperationalError(_GONE, "57P01" if self.ended else None)
 
     def _goodbye(self) -> None:
         self.said_goodbye = not self.ended
@@ -448,9 +455,10 @@ class FakeLink(FakeEnd):
     def _go(self, statement: str, seconds: float | None) -> None:
         if not self._wire.acquire(blocking=False):
             raise DoubleUse(f"session {self.number} is used by two at once")
+        bound = self._limit.seconds if seconds is None and self._limit else seconds
         try:
-            if not self._server._answers(self, seconds):  # noqa: SLF001
-                raise FakeOperationalError(_GONE, "57P01" if self.ended else None)
+            if not self._server._answers(self, bound):  # noqa: SLF001
+                raise self._no_answer(bound is not seconds)
             if statement:
                 self._server.statements.append((self.number, statement))
         finally:
@@ -469,6 +477,7 @@ class FakeDriver:
 
     name = "fake"
     renews = renews_in_place = True
+    limits_statements = True
     operational_error: type[Exception] = FakeOperationalError
     interface_error: type[Exception] = FakeInterfaceError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from tests.faults.stage import now
 
-from penstock import ConfigError, PenstockError, ServerUnavailable
+from penstock import PenstockError, ServerUnavailable, StatementTimeout
 
 TITLE = "frozen host, 16 borrowers with 16 idle connections"
 SIZE = 16
@@ -118,19 +118,34 @@ async def all_open(w, pool):
 
 async def just_used(w):
     """Lent a moment ago: no ping, and the first statement ends only where the user bounds it."""
-    what = "used a moment ago, statement_timeout_client=1: the statement ends after"
-    proxy = w.proxy(w.server().port)
-    conninfo = w.server().conninfo(port=proxy.port)
-    try:
-        pool = w.pool(conninfo, max_size=2, name="used", statement_timeout_client=1.0)
-    except (ConfigError, TypeError):
-        w.figure(what, "not built", goal="<= 1.25 s", met=False, holds=True)
-        return
-    await w.borrow(pool, "select 1")
-    proxy.hold(new=False)
-    began = now()
-    await w.borrow(pool, "select 1")
-    w.seconds(what, now() - began, at_most=1.25)
-    this = await w.borrow(pool, "select 1")
-    w.count("used a moment ago: errors of the next", int(not this.good), exactly=0)
-    proxy.release()
+    what = "used a moment ago, statement_timeout_client=1"
+    for frozen_by in ("not acknowledging", "acknowledging"):
+        proxy = w.proxy(w.server().port)
+        pool = w.pool(
+            w.server().conninfo(port=proxy.port),
+            max_size=SIZE,
+            timeout=3.0,
+            name="used",
+            statement_timeout_client=1.0,
+        )
+        await all_open(w, pool)
+        if frozen_by == "acknowledging":
+            proxy.hold(new=False)
+        else:
+            proxy.silence(new=False)
+        began = now()
+        first = await w.borrow(pool, "select 1")
+        w.seconds(f"{what}, {frozen_by}: the statement ends after", now() - began, at_most=1.25)
+        says = isinstance(first.error, StatementTimeout)
+        w.count(f"{what}, {frozen_by}: says so", int(says), exactly=1)
+        tries = await w.crowd(SIZE, lambda _number, pool=pool: w.borrow(pool, "select 1")).all()
+        served = sum(each.good and each.took <= 3.0 + SLACK for each in tries)
+        w.figure(
+            f"{what}, {frozen_by}: the pool is suspect, {SIZE} next served within 3 s",
+            f"{served} of {SIZE} ({max(each.took for each in tries):.2f} s)",
+            goal=f"{SIZE} of {SIZE}",
+            met=served == SIZE,
+            holds=all(each.good or isinstance(each.error, PenstockError) for each in tries),
+        )
+        proxy.release()
+        await pool.close(timeout=1)
