@@ -238,8 +238,9 @@ def test_a_move_that_was_cut_off_is_done_by_the_keeper(pool):
     waiter = Waiter(0, list)
     pool._queue_up(waiter)
     [slot] = pool._machine.slots()
+    link: Any = slot.link
     pool._getconns.clear()
-    slot.link.park()
+    link.park()
     slot.state = SlotState.IDLE
     pool._machine.idle.append(slot)  # a return that was interrupted before it looked for waiters
     try:
@@ -250,7 +251,7 @@ def test_a_move_that_was_cut_off_is_done_by_the_keeper(pool):
     assert waiter.slot is slot
     waiter.slot = None
     pool._getconns[id(conn)] = slot
-    slot.link.lend()
+    link.lend()
     del slot
     pool.putconn(conn)
 
@@ -291,3 +292,12 @@ def test_a_reset_that_leaves_a_transaction_costs_the_connection(fake):
         with pool.connection():
             pass
         until(lambda: pool.stats().closed.get("unclean"), seconds=PATIENCE)
+
+
+def test_close_waits_as_long_as_it_is_told_and_no_longer(pool, monkeypatch):
+    given: list[float] = []
+    monkeypatch.setattr(pool, "_wait_until_empty", given.append)
+    pool.close(timeout=0.5)
+    pool.open()
+    pool.close(timeout=None)
+    assert given == [0.5, float("inf")]

@@ -58,6 +58,7 @@ def test_a_farewell_that_is_cancelled_before_it_begins_ends_its_session_all_the_
         del slot
         cancel_all(pool)
         await until(lambda: not server.sessions and not pool.stats().size)
+        assert not pool.stats().orphaned
 
     run(scenario, min_size=0)
 
@@ -175,5 +176,19 @@ def test_a_borrower_who_is_destroyed_in_another_thread_makes_no_move_there(monke
         assert not moves
         pool._leave_queue(waiter)
         await pool.putconn(conn)
+
+    run(scenario)
+
+
+def test_a_connect_that_is_cancelled_is_told_to_the_machine():
+    async def scenario(pool, server):
+        server.mode = Mode.HANGING
+        await until(lambda: pool._connects)
+        for _ in range(5):  # steps: it has begun
+            await asyncio.sleep(0)
+        for task in list(pool._connects):
+            task.cancel()
+        await until(lambda: pool.stats().open_failures == 1)
+        server.mode = Mode.UP
 
     run(scenario)
