@@ -1,7 +1,7 @@
 """What is agreed upon changes: the address, the password, certificates, the clock; the server is about to start or to stop.
 
 Where to connect and with which password is asked for at each connect (`conninfo` and `kwargs` may be callables), and
-files are read at each connect. A process that was stopped, or slept, finds on its return what happened meanwhile.
+files are read at each connect; after a refusal they are asked again before the server is. A process that was stopped, or slept, finds on its return what happened meanwhile.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ async def new_password(w):
     refused = await w.borrow(pool, "select 1")
     w.figure("password: the old one", type(refused.error).__name__, goal="-", met=not refused.good)
     words["password"] = "new"
-    w.seconds("password: served after the new one is there", await served(w, pool), at_most=1.5)
+    w.seconds("password: served after the new one is there", await served(w, pool), at_most=0.5)
     await pool.close()
 
 
@@ -126,7 +126,7 @@ async def not_trusted(w, papers, pool):
         papers.server_shows("new", trusts=trusts)
         papers.client_shows("new", trusts=trusts)
         name = f"{what} certificate: served after the new one is there"
-        w.seconds(name, await served(w, pool), at_most=1.5)
+        w.seconds(name, await served(w, pool), at_most=0.5)
 
 
 class Papers:
