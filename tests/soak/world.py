@@ -163,6 +163,7 @@ class World:
         self.borrowers: list[Borrower] = []
         self.story.clear()
         self.began = now()
+        self.harmless = False  # whether nobody else may notice this step's faults
         self.stop = self.runtime.event()
 
     def borrower(self) -> Borrower:
