@@ -11,7 +11,8 @@ import pytest
 from penstock import ConnectionPool, ServerUnavailable, fork, keeper, upkeep
 from penstock._drivers.protocol import Activity
 from penstock._machine.machine import Waiter
-from penstock._machine.slot import SlotState
+from penstock._machine.orders import Close
+from penstock._machine.slot import Reason, SlotState
 from penstock.alarm import Alarm
 from penstock.dedicated import Opening
 from penstock.testing import FakeDriver
@@ -301,3 +302,33 @@ def test_close_waits_as_long_as_it_is_told_and_no_longer(pool, monkeypatch):
     pool.open()
     pool.close(timeout=None)
     assert given == [0.5, float("inf")]
+
+
+def test_what_nobody_gave_back_ends_without_a_farewell_and_raises_at_its_next_use(pool):
+    said: list[str] = []
+    link = SimpleNamespace(
+        fd=-1,
+        park=lambda: said.append("park"),
+        discard=lambda: said.append("discard"),
+        close=lambda: said.append("close"),
+    )
+    [slot] = pool._machine.slots()
+    ref, slot.ref = slot.ref, None
+    upkeep._end_link(link, Close(slot, Reason.ORPHANED, discard=True))
+    slot.ref = ref
+    assert said == ["park", "discard"]
+
+
+def test_the_frame_that_opened_a_slot_does_not_hold_it_while_others_are_told(fake):
+    gone: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def take_and_drop():  # in the worker, which has told the machine and not returned yet
+        ref = pool._machine.idle.pop().ref
+        gone.put(ref() is None)
+
+    pool = ConnectionPool(driver=FakeDriver(fake), min_size=1, max_size=1)
+    pool._onlookers.append(take_and_drop)
+    pool.open()
+    assert gone.get(timeout=PATIENCE)
+    pool._onlookers.remove(take_and_drop)
+    pool.close()
