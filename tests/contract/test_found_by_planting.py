@@ -323,12 +323,12 @@ def test_the_frame_that_opened_a_slot_does_not_hold_it_while_others_are_told(fak
     gone: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def take_and_drop():  # in the worker, which has told the machine and not returned yet
-        ref = pool._machine.idle.pop().ref
+        ref = fresh._machine.idle.pop().ref
         gone.put(ref() is None)
 
-    pool = ConnectionPool(driver=FakeDriver(fake), min_size=1, max_size=1)
-    pool._onlookers.append(take_and_drop)
-    pool.open()
+    fresh: ConnectionPool[Any] = ConnectionPool(driver=FakeDriver(fake), min_size=1, max_size=1)
+    fresh._onlookers.append(take_and_drop)
+    fresh.open()
     assert gone.get(timeout=PATIENCE)
-    pool._onlookers.remove(take_and_drop)
-    pool.close()
+    fresh._onlookers.remove(take_and_drop)
+    fresh.close()
