@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tests.faults import written
 from tests.faults.rows import ROWS, load
@@ -85,7 +86,7 @@ def as_cells(own):
 
 def coloured(value):
     style = {"FAIL": "bold red", "miss": "yellow", "-": "dim"}.get(value.partition(" ")[0], "green")
-    return f"[{style}]{value}[/]"
+    return f"[{style}]{escape(value)}[/]"
 
 
 def page_of(row, table):
