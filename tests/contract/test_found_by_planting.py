@@ -326,9 +326,21 @@ def test_the_frame_that_opened_a_slot_does_not_hold_it_while_others_are_told(fak
         ref = fresh._machine.idle.pop().ref
         gone.put(ref() is None)
 
-    fresh: ConnectionPool[Any] = ConnectionPool(driver=FakeDriver(fake), min_size=1, max_size=1)
+    fresh: Any = ConnectionPool(driver=FakeDriver(fake), min_size=1, max_size=1)
     fresh._onlookers.append(take_and_drop)
     fresh.open()
     assert gone.get(timeout=PATIENCE)
     fresh._onlookers.remove(take_and_drop)
     fresh.close()
+
+
+def test_an_alarm_that_rings_before_the_keeper_wakes_has_it_look_again(monkeypatch):
+    kept = keeper.Keeper()
+    monkeypatch.setattr(kept, "ensure_running", lambda: True)
+    kept._sleeps_until = 100.0
+    alarm = Alarm(None, PATIENCE)
+    kept.ring_at(alarm, 200.0)
+    with pytest.raises(queue.Empty):
+        kept.inbox.get(block=False)
+    kept.ring_at(alarm, 50.0)
+    assert kept.inbox.get(block=False) is keeper._nudge
