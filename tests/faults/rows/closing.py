@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.contract.runtimes import driven
 from tests.faults.stage import now
@@ -118,62 +118,74 @@ async def dropped(w, server):
     w.forget(pool)
     del pool
     gc.collect()
+    took = await gone(w, server, "dropped")
+    w.seconds("dropped without close(): its sessions end after", took, at_most=1.0)
+
+
+async def gone(w, server, like):
+    """Seconds until there is no such session any more; 30 where they stay."""
     began = now()
-    left = await sessions(w, server, "dropped", within=1.0)
-    w.count("dropped without close(): sessions left", left, exactly=0)
-    w.seconds("dropped without close(): they end after", now() - began, at_most=1.0)
-
-
-async def sessions(w, server, like, *, within):
-    """How many there are, as soon as there are none, or after so many seconds."""
-    ends = now() + within
     query = f"select count(*) from pg_stat_activity where application_name like '%/{like}%'"
-    while True:
+    while now() < began + 30:
         ((found,),) = await w.aside(lambda: server.execute(query))
-        if not int(found) or now() > ends:
-            return int(found)
+        if not int(found):
+            return now() - began
         await w.pause(0.01)
+    return 30.0
 
 
 # -- the interpreter's end ------------------------------------------------------------------------
 
 
 async def ends(w, server, silent):
-    played = [end for end in (ENDS if w.long else SHORT) if is_for(w, end)]
-    longest: dict[bool, tuple[float, str]] = {}
-    wrong: list[str] = []
-    printed: list[str] = []
-    left: list[str] = []
-    for end in played:
-        limit = 1.0 + (end in CLOSE) * CLOSING
-        took, *bad = await one_end(w, server, silent, end)
-        if took > limit:  # the machine may have been busy: what hangs hangs again
-            again, *more = await one_end(w, server, silent, end)
-            took, bad = min(took, again), [max(pair) for pair in zip(bad, more, strict=True)]
-        longest[end in CLOSE] = max((took, end), longest.get(end in CLOSE, (0.0, "")))
-        for each, found in zip((wrong, printed, left), bad, strict=True):
-            each.extend([f"{end}: {found}"] * bool(found))
-    for what, closing in (("the interpreter's end", False), ("with a close() in it", True)):
-        took, end = longest.get(closing, (0.0, "-"))
-        limit = 1.0 + closing * CLOSING
-        w.figure(
-            f"{what}: longest",
-            f"{took:.3f} s ({end})",
-            goal=f"<= {limit:g} s",
-            met=took <= limit,
-            holds=took < 30,
-        )
-    for what, found in (
-        ("exit status not the program's", wrong),
-        ("something printed that is not the program's", printed),
-        ("sessions left a second later", left),
+    seen = {}
+    for end in (each for each in (ENDS if w.long else SHORT) if is_for(w, each)):
+        seen[end] = await one_end(w, server, silent, end)
+        if seen[end].took > limit_of(end):  # the machine may have been busy: what hangs hangs again
+            seen[end] = seen[end].or_better(await one_end(w, server, silent, end))
+    for what, ways in (
+        ("the interpreter's end", [end for end in seen if end not in CLOSE]),
+        ("with a close() in it", [end for end in seen if end in CLOSE]),
     ):
-        value = "; ".join([str(len(found)), *found])
-        w.figure(f"ends: {what}", value, goal="0", met=not found)
+        longest(w, f"{what}: longest", {end: seen[end].took for end in ways}, limit_of(ways[0]))
+    longest(w, "ends: its sessions are gone after", {e: seen[e].gone for e in seen}, 1.0)
+    for what, bad in (
+        ("exit status not the program's", [end for end in seen if seen[end].status != ENDS[end]]),
+        ("something printed that is not the program's", [e for e in seen if seen[e].complaints]),
+    ):
+        w.figure(f"ends: {what}", "; ".join([str(len(bad)), *bad]), goal="0", met=not bad)
+
+
+def limit_of(end):
+    """A second; what the program has asked for comes on top."""
+    return 1.0 + (end in CLOSE) * CLOSING
+
+
+def longest(w, what, times, limit):
+    took, end = max((took, end) for end, took in times.items())
+    w.figure(
+        what, f"{took:.3f} s ({end})", goal=f"<= {limit:g} s", met=took <= limit, holds=took < 30
+    )
+
+
+class Ended(NamedTuple):
+    """Seconds until the process has ended, and its sessions then; what it said."""
+
+    took: float
+    gone: float
+    status: int
+    complaints: int
+
+    def or_better(self, other):
+        return Ended(
+            min(self.took, other.took),
+            min(self.gone, other.gone),
+            other.status,
+            max(self.complaints, other.complaints),
+        )
 
 
 async def one_end(w, server, silent, end):
-    """Seconds; whether its status is not the program's, how much it complained, sessions a second later."""
     child = w.process("closing", quiet=True, conninfo=server.conninfo(), silent=silent, end=end)
     while child.line() != "ending":
         assert child.process.poll() is None, (end, child.errors())
@@ -187,8 +199,7 @@ async def one_end(w, server, silent, end):
     complaints = sum(told.count(word) for word in COMPLAINTS) - (end in RAISES)
     if complaints or status != ENDS[end]:
         print(f"{end}: {told}", file=sys.stderr)
-    left = await sessions(w, server, f"%/{child.process.pid}", within=1.0)
-    return took, status != ENDS[end], complaints, left
+    return Ended(took, await gone(w, server, f"%/{child.process.pid}"), status, complaints)
 
 
 def is_for(w, end):

@@ -17,6 +17,7 @@ from tests.faults.certificates import Authority
 from tests.faults.clocks import AHEAD
 from tests.faults.stage import now
 
+from penstock import PenstockError
 from penstock.launcher import HBA, TlsUnavailable
 
 TITLE = "address, password, certificates, clocks change; cannot connect now; suspend and resume"
@@ -265,7 +266,7 @@ async def clocks(w):
         module="tests.faults.clocks",
         scene="jump",
         conninfo=w.server().conninfo(),
-        timeout=TIMEOUT if w.long else 1.0,
+        timeout=TIMEOUT if w.long else 2.0,
     )
     for what, told in (await w.aside(child.answer)).items():
         if what == "waited":
@@ -276,7 +277,10 @@ async def clocks(w):
 
 
 def tell(w, what, told):
-    w.count(f"{what}: errors", told["errors"], exactly=0)
+    errors = told["errors"]
+    # Who has too little time on a busy machine is told so; anything else is a failure.
+    holds = not told["untold"]
+    w.figure(f"{what}: errors", errors, goal="0", met=not errors, holds=holds)
     w.count(f"{what}: wrong answers", told["wrong"], exactly=0)
     w.seconds(f"{what}: all {SIZE} served after", told["longest"], at_most=TIMEOUT)
 
@@ -300,16 +304,14 @@ async def jump(w, conninfo, timeout):
     told: dict[str, Any] = {}
     pool = await idle_pool(w, conninfo, timeout)
     waits = w.crowd(1, lambda _number: waited(w, conninfo))
+    this: list[dict[str, Any]] = []
     for seconds in (3600, -7200, 3600):
         AHEAD["wall"] += seconds
-        before = told.get("wall clock jumps", {"errors": 0, "wrong": 0, "longest": 0.0})
-        this = [await asked(w, pool) for _ in range(10)]
-        told["wall clock jumps"] = {
-            "errors": before["errors"] + sum(each["errors"] for each in this),
-            "wrong": before["wrong"] + sum(each["wrong"] for each in this),
-            "longest": max(before["longest"], *(each["longest"] for each in this)),
-        }
+        this += [await asked(w, pool) for _ in range(10)]
         await w.pause(0.1)
+    told["wall clock jumps"] = {
+        name: (max if name == "longest" else sum)(each[name] for each in this) for name in this[0]
+    }
     (told["waited"],) = await waits.all()
     words = psycopg.conninfo.conninfo_to_dict(conninfo)
     for what, seconds in (("a minute", 60), ("a night", 8 * 3600)):
@@ -352,6 +354,7 @@ async def asked(w, pool):
     tries = await w.crowd(SIZE, lambda number: w.borrow(pool, f"select {number}")).all()
     return {
         "errors": errors_of(tries),
+        "untold": sum(not (t.good or isinstance(t.error, PenstockError)) for t in tries),
         "wrong": sum(each.good and each.answer != [(n,)] for n, each in enumerate(tries)),
         "longest": max(each.took for each in tries),
     }
