@@ -355,7 +355,7 @@ def test_nothing_of_it_needs_psycopg_3(server: Server, monkeypatch: pytest.Monke
     with pytest.raises(psycopg2.OperationalError) as caught:
         alone.open(recipe, SECONDS)
     found = alone.diagnose(caught.value, recipe, 1.0)
-    assert (found.sqlstate, found.heals) == (None, True)
+    assert (found.sqlstate, found.heals) == ("3D000", False)
     assert "nowhere" in found.text
     bad = Recipe(conninfo="host=127.0.0.1 port=1 sslmode=banana")
     with pytest.raises(psycopg2.OperationalError) as caught:

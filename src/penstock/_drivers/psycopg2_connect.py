@@ -22,6 +22,7 @@ from penstock._drivers import under_way
 from penstock._drivers.psycopg2_guard import Classes, classes_for
 from penstock._drivers.psycopg2_limit import LIMIT, Clock, limited_connection
 from penstock._drivers.sockets import seconds_to
+from penstock._drivers.trace import ASKED, SPOKE_TLS
 from penstock.conninfo import to_conninfo
 from penstock.secret import Secret, is_secret
 
@@ -201,12 +202,39 @@ def _ports(params: Params) -> list[str]:
 def _connected(
     dsn: str, ports: list[str], factory: Callable[..., Any], cursor_factory: Any
 ) -> connection:
+    made = _telling(factory) if isinstance(factory, type) else factory
     with under_way.searching(ports):
         conn: connection = psycopg2.connect(
-            dsn, connection_factory=factory, cursor_factory=cursor_factory
+            dsn, connection_factory=made, cursor_factory=cursor_factory
         )
         under_way.note(conn.fileno())
     return conn
+
+
+def _telling(factory: type[connection]) -> Callable[..., connection]:
+    """The same, but a failed attempt's error tells how far it came: the object that knows is lost otherwise."""
+
+    def make(dsn: str, **options: Any) -> connection:
+        dsn = Secret(dsn)  # a plain text again by now, and this frame is in the error's traceback
+        # As a call of the class would.
+        conn: connection = factory.__new__(factory, dsn, **options)  # type: ignore[call-arg]
+        try:
+            conn.__init__(dsn, **options)  # type: ignore[misc]
+        except psycopg2.OperationalError as error:
+            _note_how_far(conn, error)
+            raise
+        return conn
+
+    return make
+
+
+def _note_how_far(conn: connection, error: psycopg2.OperationalError) -> None:
+    try:
+        info = conn.info
+        setattr(error, SPOKE_TLS, bool(info.ssl_in_use))
+        setattr(error, ASKED, bool(info.used_password or info.needs_password))
+    except psycopg2.Error:  # it did not come as far as to a handle
+        pass
 
 
 def _factory(recipe: Recipe) -> Callable[..., Any]:

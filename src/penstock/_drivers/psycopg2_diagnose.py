@@ -2,22 +2,33 @@
 
 libpq keeps no SQLSTATE of a failed connect, its text is in the server's language, and psycopg2 has no way
 to listen in. Wrong options and names are told without it. For the rest psycopg 3 is asked, if it is
-installed as well: it shares libpq, and can hear the code. Where it is not, a failure counts as one
-that heals, with the server's words attached.
+installed as well: it can hear the code. Where it is not, libpq's trace is (`psycopg2_tape.py`). libpq before 18
+traces nothing before the server has let somebody in: no code after the server had asked for a password is a wrong
+or a missing one. What is told by neither counts as one that heals, with the server's words attached.
 
 It must not know: connections, links, settings of sessions.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import psycopg2
 
+from penstock._drivers import psycopg3_tls
 from penstock._drivers.protocol import Diagnosis
 from penstock._drivers.psycopg2_connect import connection_params
+from penstock._drivers.psycopg2_tape import sqlstate_of_attempt
+from penstock._drivers.sockets import deadline_in
+from penstock._drivers.trace import (
+    SPOKE_TLS,
+    asked_for_password,
+    heals,
+    spoke_tls,
+)
 from penstock.conninfo import to_conninfo
 from penstock.secret import Secret
 
@@ -31,6 +42,24 @@ _NO_SUCH_NAME: Final = tuple(
 )
 
 _STEP_OPTIONS: Final = "look at conninfo= and kwargs=: libpq refuses an option or its value"
+_STEP_LOGIN: Final = (
+    "check user and password: conninfo, PGPASSWORD, ~/.pgpass; a token may have expired"
+)
+_INT: Final = 2**31 - 1
+#: Settings that libpq reads as numbers once it connects.
+_NUMBERS: Final = (
+    *("connect_timeout", "keepalives", "keepalives_idle", "keepalives_interval"),
+    *("keepalives_count", "tcp_user_timeout"),
+)
+#: Settings that the look at TLS wants to know, and their variables.
+_TLS: Final = {
+    "host": "PGHOST",
+    "hostaddr": "PGHOSTADDR",
+    "port": "PGPORT",
+    "sslmode": "PGSSLMODE",
+    "sslrootcert": "PGSSLROOTCERT",
+    "sslnegotiation": "PGSSLNEGOTIATION",
+}
 _STEP_NAME: Final = "look at host=: no address has this name"
 
 
@@ -49,17 +78,60 @@ def diagnose(error: BaseException, recipe: Recipe, seconds: float | None) -> Dia
     if not isinstance(error, psycopg2.OperationalError) or errno is not None:
         return unknown
     params = connection_params(recipe)
-    if not _are_valid_options(params):
+    if not (_are_sound(params) and _are_valid_options(params)):
         return _final(text, _STEP_OPTIONS)
-    return _by_psycopg3(text, recipe, params, seconds) or unknown
+    found = _by_psycopg3(error, text, recipe, params, seconds)
+    return found or _by_tape(error, text, params, deadline_in(seconds)) or unknown
 
 
 def _final(text: str, next_step: str) -> Diagnosis:
     return Diagnosis(sqlstate=None, heals=False, text=text, next_step=next_step)
 
 
+def _are_sound(params: Params) -> bool:
+    """Whether numbers are numbers, and lists fit each other.
+
+    libpq finds these out when it goes from address to address, and then they look like a failed connect.
+    """
+    ports = params.get("port", "").split(",")
+    hosts = (params.get("hostaddr") or params.get("host") or "").split(",")
+    return (
+        len(ports) in {1, len(hosts)}
+        and all(not port.strip() or _is_in(port, 1, 65535) for port in ports)
+        and all(_is_in(params.get(name) or "0", -_INT, _INT) for name in _NUMBERS)
+    )
+
+
+def _is_in(text: str, least: int, most: int) -> bool:
+    try:
+        return least <= int(text) <= most
+    except ValueError:
+        return False
+
+
+def _by_tape(error: BaseException, text: str, params: Params, deadline: float) -> Diagnosis | None:
+    """What one more attempt tells, without psycopg 3; or what the first one told."""
+    wants_tls = psycopg3_tls.is_wanted(_effective(params))
+    if wants_tls and spoke_tls(error) is False:
+        tls = psycopg3_tls.look(_effective(params), deadline)
+        if tls.next_step is not None:
+            return _final(text, tls.next_step)
+        if not tls.passed:
+            return None
+    code = sqlstate_of_attempt(Secret(to_conninfo(params)), deadline)
+    if code is not None:
+        return Diagnosis(sqlstate=code, heals=heals(code), text=text)
+    return _final(text, _STEP_LOGIN) if asked_for_password(error) else None
+
+
+def _effective(params: Params) -> dict[str, str]:
+    """What libpq makes of the parameters that TLS is about; one address only."""
+    said = {name: params.get(name) or os.environ.get(at, "") for name, at in _TLS.items()}
+    return {name: value for name, value in said.items() if value and "," not in value}
+
+
 def _by_psycopg3(
-    text: str, recipe: Recipe, params: Params, seconds: float | None
+    error: BaseException, text: str, recipe: Recipe, params: Params, seconds: float | None
 ) -> Diagnosis | None:
     try:
         import psycopg  # noqa: PLC0415  it need not be there
@@ -68,7 +140,9 @@ def _by_psycopg3(
     except ImportError:
         return None
     same = replace(recipe, conninfo=Secret(to_conninfo(params)), kwargs={}, connection_class=None)
-    found = psycopg3_diagnose.diagnose(psycopg.OperationalError(text), same, seconds)
+    asked = psycopg.OperationalError(text)
+    setattr(asked, SPOKE_TLS, spoke_tls(error))
+    found = psycopg3_diagnose.diagnose(asked, same, seconds)
     return replace(found, text=text)
 
 

@@ -23,6 +23,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from penstock._drivers import under_way
 from penstock._drivers.sockets import READ, WRITE, wait
+from penstock._drivers.trace import SPOKE_TLS, spoke_tls
 from penstock.secret import Secret, is_secret
 
 if TYPE_CHECKING:
@@ -250,7 +251,10 @@ def merged(failures: list[psycopg.OperationalError]) -> psycopg.OperationalError
     if not failures:
         return psycopg.OperationalError("there is no address to connect to")
     texts = dict.fromkeys(str(failure) for failure in failures)
-    return type(failures[-1])("\n".join(texts))
+    error = type(failures[-1])("\n".join(texts))
+    if all(spoke_tls(failure) is False for failure in failures):
+        setattr(error, SPOKE_TLS, False)
+    return error
 
 
 def connected(attempt: Params, until: float, tape: Tape | None) -> PGconn:
@@ -327,5 +331,7 @@ def check_connected(handle: PGconn) -> None:
         psycopg.OperationalError: it is not connected.
     """
     if handle.status != pq.ConnStatus.OK:
-        raise psycopg.OperationalError(handle.get_error_message())
+        error = psycopg.OperationalError(handle.get_error_message())
+        setattr(error, SPOKE_TLS, bool(handle.ssl_in_use))
+        raise error
     handle.nonblocking = 1

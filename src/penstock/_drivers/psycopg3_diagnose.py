@@ -7,7 +7,6 @@ It must not know: connections, links, settings of sessions. It makes attempts of
 from __future__ import annotations
 
 import os
-import re
 import socket
 from dataclasses import replace
 from time import monotonic
@@ -28,6 +27,7 @@ from penstock._drivers.psycopg3_connect import (
     share_of,
 )
 from penstock._drivers.sockets import deadline_in
+from penstock._drivers.trace import heals, spoke_tls, sqlstate_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,11 +35,6 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn
 
     from penstock._drivers.protocol import Recipe
-
-# Classes of SQLSTATE at start-up that do not go away by waiting: 28 authentication, 3D no such
-# database, 42 (42501: the role may not connect; 42704: unknown setting), 22 (a setting's value is
-# refused), 0A (feature not supported). Others heal: 53300 too many clients, 57P03 starting up, 08.
-_LASTING: Final = ("28", "3D", "42", "22", "0A")
 
 # A name that does not exist. Linux tells "no such name" from "no address of this name".
 _NO_SUCH_NAME: Final = tuple(
@@ -67,12 +62,6 @@ class Tape:
         asked_for_password: whether the server wanted one.
     """
 
-    # The server sends severity (S, translated, and V) before the code (C), and the text after it,
-    # so that text cannot pass for a code. Tab-separated: direction, length, message, fields.
-    _ERROR = re.compile(
-        rb'^B\t\d+\tErrorResponse\t(?: [SV] "[^"\n]*")* C "([0-9A-Z]{5})"', re.MULTILINE
-    )
-
     def __init__(self) -> None:
         self.sqlstate: str | None = None
         self.asked_for_password = False
@@ -96,9 +85,7 @@ class Tape:
             heard = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         finally:
             os.close(self._fd)
-        # With sslmode=prefer libpq can start twice, and the second time counts.
-        error = self._ERROR.search(heard, max(0, heard.rfind(b"\tStartupMessage\t")))
-        self.sqlstate = error[1].decode() if error else None
+        self.sqlstate = sqlstate_in(heard)
 
 
 def diagnose(error: BaseException, recipe: Recipe, seconds: float | None) -> Diagnosis:
@@ -111,7 +98,7 @@ def diagnosis_at_hand(error: BaseException) -> Diagnosis | None:
     text = one_line(error)
     sqlstate = getattr(error, "sqlstate", None)
     if sqlstate is not None:
-        return Diagnosis(sqlstate=sqlstate, heals=_heals(sqlstate), text=text)
+        return Diagnosis(sqlstate=sqlstate, heals=heals(sqlstate), text=text)
     if isinstance(error, psycopg.ProgrammingError):
         return Diagnosis(sqlstate=None, heals=False, text=text, next_step=_STEP_OPTIONS)
     if _cause_errno(error) == getattr(socket, "EAI_SERVICE", None):  # port=abc
@@ -139,17 +126,13 @@ def _cause_errno(error: BaseException) -> int:
     return (cause.errno or 0) if isinstance(cause, socket.gaierror) else 0
 
 
-def _heals(sqlstate: str) -> bool:
-    return not sqlstate.startswith(_LASTING)
-
-
 def diagnosis_by_trying(error: BaseException, recipe: Recipe, deadline: float) -> Diagnosis:
     """What one more attempt tells, at every address; blocks until the deadline at most."""
     text = one_line(error)
     params = connection_params(recipe)
     if not _are_valid_options(params):
         return Diagnosis(sqlstate=None, heals=False, text=text, next_step=_STEP_OPTIONS)
-    findings = list(_findings(params, deadline))
+    findings = list(_findings(params, deadline, spoke_tls(error)))
     # Of several servers, one that may take us in later is enough for hope; those that cannot be
     # reached are not counted (localhost is often two addresses, of which one listens).
     for finding in findings:
@@ -160,32 +143,44 @@ def diagnosis_by_trying(error: BaseException, recipe: Recipe, deadline: float) -
     return Diagnosis(sqlstate=None, heals=True, text=text)
 
 
-def _findings(params: Params, deadline: float) -> Iterator[Diagnosis]:
+def _findings(params: Params, deadline: float, spoke: bool | None) -> Iterator[Diagnosis]:
     """What each address answers; nothing where nobody answers."""
     attempts, _ = attempts_of(params)
     for index, attempt in enumerate(attempts):
-        finding = _finding(attempt, share_of(params, deadline, len(attempts) - index))
+        finding = _finding(attempt, share_of(params, deadline, len(attempts) - index), spoke)
         if finding is not None:
             yield finding
         if monotonic() >= deadline:
             return
 
 
-def _finding(attempt: Params, until: float) -> Diagnosis | None:
+def _finding(attempt: Params, until: float, spoke: bool | None) -> Diagnosis | None:
+    """What one address answers; one connect where it is known how far the attempt before came."""
+    effective = effective_params(attempt)
+    if spoke is False and psycopg3_tls.is_wanted(effective):
+        tls = psycopg3_tls.look(effective, until)
+        if not tls.passed:
+            return _refused_by(tls)
+        spoke = True
     tape = Tape()
     try:
         connected(attempt, until, tape).finish()
     except psycopg.Error as error:
         if tape.sqlstate is not None:
-            return Diagnosis(sqlstate=tape.sqlstate, heals=_heals(tape.sqlstate), text="")
+            return Diagnosis(sqlstate=tape.sqlstate, heals=heals(tape.sqlstate), text="")
         if isinstance(error, psycopg.errors.ConnectionTimeout):
             return None
         if tape.asked_for_password:
             return Diagnosis(sqlstate=None, heals=False, text="")
-        next_step = psycopg3_tls.refused(effective_params(attempt), until)
-        if next_step is not None:
-            return Diagnosis(sqlstate=None, heals=False, text="", next_step=next_step)
+        if not spoke and psycopg3_tls.is_wanted(effective):
+            return _refused_by(psycopg3_tls.look(effective, until))
     return None
+
+
+def _refused_by(tls: psycopg3_tls.Tls) -> Diagnosis | None:
+    if tls.next_step is None:
+        return None
+    return Diagnosis(sqlstate=None, heals=False, text="", next_step=tls.next_step)
 
 
 def _are_valid_options(params: Params) -> bool:

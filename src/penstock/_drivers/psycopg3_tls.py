@@ -14,7 +14,7 @@ import socket
 import ssl
 from pathlib import Path
 from struct import pack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from penstock._drivers.sockets import seconds_to
 
@@ -38,47 +38,70 @@ NOT_VERIFIED: Final = (
 )
 
 
-def refused(effective: Mapping[str, str], deadline: float) -> str | None:
-    """Say what to do if TLS with this address cannot work however often it is tried; else None.
+class Tls(NamedTuple):
+    """What a look at one address showed.
+
+    Attributes:
+        passed: there is TLS, and nothing was found wrong with it.
+        next_step: what to do if it cannot work however often it is tried; else None.
+    """
+
+    passed: bool
+    next_step: str | None = None
+
+
+def is_wanted(effective: Mapping[str, str]) -> bool:
+    """Whether a connect with these parameters must end in TLS that can be looked at from here."""
+    host = _host(effective)
+    return (
+        effective.get("sslmode", "prefer") in {"require", "verify-ca", "verify-full"}
+        and host[:1] not in {"", "/", "@"}
+        and effective.get("sslnegotiation") != "direct"
+    )
+
+
+def _host(effective: Mapping[str, str]) -> str:
+    return effective.get("hostaddr") or effective.get("host", "")
+
+
+def look(effective: Mapping[str, str], deadline: float) -> Tls:
+    """Connect to one address, once at most, and see whether TLS with it can work.
 
     Args:
-        effective: libpq's parameters for one address, its defaults and the environment included.
+        effective: libpq's parameters for one address, its defaults and the environment included; `is_wanted`.
         deadline: an instant of the monotonic clock.
     """
-    mode = effective.get("sslmode", "prefer")
-    host = effective.get("hostaddr") or effective.get("host", "")
-    direct = effective.get("sslnegotiation") == "direct"
-    if mode not in {"require", "verify-ca", "verify-full"} or host[:1] in {"", "/", "@"} or direct:
-        return None
+    mode, host = effective.get("sslmode", "prefer"), _host(effective)
     authorities = _authorities(effective)
     if authorities is None and mode != "require":
-        return NO_AUTHORITIES
+        return Tls(passed=False, next_step=NO_AUTHORITIES)
     try:
         with socket.create_connection(
             (host, int(effective.get("port") or 5432)), seconds_to(deadline)
         ) as plain:
             return _answer(plain, mode, authorities, effective)
     except (OSError, ValueError):
-        return None
+        return Tls(passed=False)
 
 
 def _answer(
     plain: socket.socket, mode: str, authorities: str | None, effective: Mapping[str, str]
-) -> str | None:
+) -> Tls:
     plain.sendall(_REQUEST)
-    if plain.recv(1) == b"N":
-        return NO_TLS
-    if authorities is None:
-        return None
+    answer = plain.recv(1)
+    if answer == b"N":
+        return Tls(passed=False, next_step=NO_TLS)
+    if answer != b"S" or authorities is None:
+        return Tls(passed=answer == b"S")
     try:
         context = _context(mode, authorities)
     except OSError:  # ssl.SSLError is one: no certificate in the file
-        return NO_AUTHORITIES
+        return Tls(passed=False, next_step=NO_AUTHORITIES)
     try:
         context.wrap_socket(plain, server_hostname=effective.get("host") or None).close()
     except ssl.SSLCertVerificationError:
-        return NOT_VERIFIED
-    return None
+        return Tls(passed=False, next_step=NOT_VERIFIED)
+    return Tls(passed=True)
 
 
 def _context(mode: str, authorities: str) -> ssl.SSLContext:
