@@ -13,6 +13,7 @@ from tests.faults.table import as_cells, page_of, put_into
 from tests.faults.written import BEGIN, END, Table, read, write
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("row", TESTED)
 def test_when_this_happens_the_figures_hold(row, server):
     stage = Stage("threads-psycopg", seed=f"{SEED} {row}", shared=lambda: server)
