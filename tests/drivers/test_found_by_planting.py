@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from time import monotonic
 from typing import Any
 
 import pytest
+
+from penstock import _drivers
+from penstock._drivers import under_way
+from penstock._drivers.protocol import Recipe
 
 wire: Any = pytest.importorskip("penstock._drivers.psycopg3_async_wire", reason="needs psycopg 3")
 
@@ -26,3 +31,25 @@ def test_a_server_that_had_not_begun_with_a_statement_is_asked_again_to_cancel_i
     monkeypatch.setattr(wire, "_read_on", read_on)
     assert asyncio.run(wire.stop_statement(None, -1, set(), monotonic() + 60))
     assert len(asked) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("name", ["psycopg", "psycopg2"])
+def test_a_forked_child_lets_go_also_where_nobody_has_noted_the_connect(name, unix_dsn):
+    """The net below (`under_way`) catches what a link lets fall; but pools come first."""
+    pytest.importorskip(name)
+    link = _drivers.chosen(name, asynchronous=False).open(Recipe(conninfo=unix_dsn), 20)
+    link.lend()
+    cursor = link.conn.cursor()
+    cursor.execute("create temp table mine (a int)")
+    under_way._noted.clear()
+    child = os.fork()
+    if child == 0:
+        try:
+            link.abandon(busy=False)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    cursor.execute("select count(*) from mine")
+    assert cursor.fetchone() == (0,)
+    link.close()
