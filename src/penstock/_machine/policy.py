@@ -14,10 +14,10 @@ FIRST_DELAYS: Final = (0.05, 0.1)
 #: Then this one, while the outage is younger than YOUNG_OUTAGE.
 SHORT_DELAY: Final = 0.2
 YOUNG_OUTAGE: Final = 2.0
-#: Then this, while somebody waits: with jitter 0.35 to 0.45 s, at most 3 connects a second, and a
-#: first success within 0.5 s of the server accepting.
-WAITED_FOR_DELAY: Final = 0.35
-WAITED_FOR_JITTER: Final = 0.1
+#: Then this, while somebody waits: with jitter 0.40 to 0.45 s, and a first success within 0.5 s of the server
+#: accepting. 20 s of outage are 54 attempts; with the waiter's first ones and those that diagnose, at most 3 a second.
+WAITED_FOR_DELAY: Final = 0.4
+WAITED_FOR_JITTER: Final = 0.05
 #: While nobody waits, the delay doubles up to this.
 LONGEST_DELAY: Final = 30.0
 #: The server is full (53300): ask again at most once a second.
