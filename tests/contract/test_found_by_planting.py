@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from penstock import ConnectionPool, ServerUnavailable, fork, keeper, upkeep
+from penstock import ConnectionPool, ServerUnavailable, fork, hub, keeper, upkeep
+from penstock._drivers import sockets
 from penstock._drivers.protocol import Activity
 from penstock._machine.machine import Waiter
 from penstock._machine.orders import Close
@@ -344,3 +345,45 @@ def test_an_alarm_that_rings_before_the_keeper_wakes_has_it_look_again(monkeypat
         kept.inbox.get(block=False)
     kept.ring_at(alarm, 50.0)
     assert kept.inbox.get(block=False) is keeper._nudge
+
+
+def test_a_child_forgets_what_the_parent_had_lent(pool):
+    conn = pool.getconn()
+    [slot] = pool._machine.slots()
+    pool._dedicated[1] = SimpleNamespace(abandon=lambda busy: None)
+    pool.after_fork_in_child()
+    assert not pool._getconns and not pool._dedicated
+    assert conn is slot.link.conn
+
+
+def test_a_block_of_before_a_fork_commits_nothing(pool, monkeypatch):
+    committed: list[None] = []
+    conn = pool.getconn()
+    conn.execute("insert")
+    [slot] = pool._machine.slots()
+    monkeypatch.setattr(FakeLink, "commit", lambda _link: committed.append(None))
+    pool._machine.forked()
+    pool._give_back(slot, None)
+    assert not committed
+
+
+def test_the_null_device_is_not_inherited_by_programs(pool):
+    reader, writer = os.pipe()
+    sockets.point_at_null(reader)
+    assert not os.get_inheritable(reader)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_keeper_that_does_not_fit_any_more_is_replaced(monkeypatch):
+    former = keeper.Keeper()
+    monkeypatch.setattr(former, "fits", lambda: False)
+    monkeypatch.setattr(keeper, "_keepers", [former])
+    monkeypatch.setattr(keeper.Keeper, "ensure_running", lambda self: True)
+    assert keeper.current() is not former
+
+
+def test_where_waits_are_greenlets_a_gate_is_gevents(monkeypatch):
+    monkeypatch.setattr(hub, "has_green_waits", lambda: True)
+    monkeypatch.setattr(hub, "_greenlets", lambda: SimpleNamespace(Gate=lambda: "green"))
+    assert hub.gate() == "green"

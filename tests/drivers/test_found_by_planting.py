@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from time import monotonic
 from typing import Any
 
@@ -53,3 +54,25 @@ def test_a_forked_child_lets_go_also_where_nobody_has_noted_the_connect(name, un
     cursor.execute("select count(*) from mine")
     assert cursor.fetchone() == (0,)
     link.close()
+
+
+def test_psycopg_is_made_to_wait_and_lock_as_gevent_does(monkeypatch):
+    green: Any = pytest.importorskip("penstock._drivers.psycopg3_green")
+    monkeypatch.setattr(green._waiting, "wait_c", green._waiting.wait, raising=False)
+    monkeypatch.setattr(green._waiting, "wait", green._waiting.wait)
+    monkeypatch.setattr(green._connection, "Lock", object)
+    monkeypatch.delenv("PSYCOPG_WAIT_FUNC", raising=False)
+    green.put_right()
+    assert green._waiting.wait is green._waiting.wait_poll
+    assert green._connection.Lock is threading.Lock
+
+
+def test_psycopg2_is_given_a_wait_callback():
+    green: Any = pytest.importorskip("penstock._drivers.psycopg2_green")
+    before = green.extensions.get_wait_callback()
+    green.extensions.set_wait_callback(None)
+    try:
+        green.put_right()
+        assert green.extensions.get_wait_callback() is green.wait_for
+    finally:
+        green.extensions.set_wait_callback(before)
