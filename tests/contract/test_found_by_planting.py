@@ -386,4 +386,5 @@ def test_a_keeper_that_does_not_fit_any_more_is_replaced(monkeypatch):
 def test_where_waits_are_greenlets_a_gate_is_gevents(monkeypatch):
     monkeypatch.setattr(hub, "has_green_waits", lambda: True)
     monkeypatch.setattr(hub, "_greenlets", lambda: SimpleNamespace(Gate=lambda: "green"))
-    assert hub.gate() == "green"
+    gate: Any = hub.gate()
+    assert gate == "green"
