@@ -119,17 +119,21 @@ async def all_open(w, pool):
 async def just_used(w):
     """Lent a moment ago: no ping, and the first statement ends only where the user bounds it."""
     what = "used a moment ago, statement_timeout_client=1"
-    for frozen_by in ("not acknowledging", "acknowledging"):
-        proxy = w.proxy(w.server().port)
+    for frozen_by in ("not acknowledging", "acknowledging", "SIGSTOP"):
+        stops = frozen_by == "SIGSTOP"
+        server = w.fresh_server() if stops else w.server()
+        proxy = w.proxy(server.port)
         pool = w.pool(
-            w.server().conninfo(port=proxy.port),
+            server.conninfo(port=proxy.port),
             max_size=SIZE,
             timeout=3.0,
             name="used",
             statement_timeout_client=1.0,
         )
         await all_open(w, pool)
-        if frozen_by == "acknowledging":
+        if stops:
+            server.pause()
+        elif frozen_by == "acknowledging":
             proxy.hold(new=False)
         else:
             proxy.silence(new=False)
@@ -139,13 +143,20 @@ async def just_used(w):
         says = isinstance(first.error, StatementTimeout)
         w.count(f"{what}, {frozen_by}: says so", int(says), exactly=1)
         tries = await w.crowd(SIZE, lambda _number, pool=pool: w.borrow(pool, "select 1")).all()
-        served = sum(each.good and each.took <= 3.0 + SLACK for each in tries)
+        good = sum(
+            each.took <= 3.0 + SLACK
+            and (isinstance(each.error, ServerUnavailable) if stops else each.good)
+            for each in tries
+        )
         w.figure(
-            f"{what}, {frozen_by}: the pool is suspect, {SIZE} next served within 3 s",
-            f"{served} of {SIZE} ({max(each.took for each in tries):.2f} s)",
+            f"{what}, {frozen_by}: the pool is suspect, {SIZE} next "
+            f"{'told' if stops else 'served'} within 3 s",
+            f"{good} of {SIZE} ({max(each.took for each in tries):.2f} s)",
             goal=f"{SIZE} of {SIZE}",
-            met=served == SIZE,
+            met=good == SIZE,
             holds=all(each.good or isinstance(each.error, PenstockError) for each in tries),
         )
+        if stops:
+            server.resume()
         proxy.release()
         await pool.close(timeout=1)
