@@ -378,9 +378,16 @@ class WireProxy:
                 self.port = port
 
     async def _stop_listening(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+        if self._listener is None:
+            return
+        # asyncio leaves a connection open, and unheard, whose listener is closed between its accept()
+        # and the first step of its task: accept no more, let those take it, then close.
+        for each in self._listener.sockets:
+            self._loop.remove_reader(each.fileno())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        self._listener.close()
+        self._listener = None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

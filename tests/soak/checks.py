@@ -125,9 +125,12 @@ async def borrowed(w: World, b: Borrower) -> Any:
 
 
 async def counters_agree(w: World, b: Borrower) -> None:
-    """The pool's figures are those of a recount, at a moment when nothing is being opened or closed."""
+    """The pool's figures are those of a recount, at a moment when nothing is under way."""
     deadline = now() + PATIENCE
-    while (stats := w.pool.stats()).opening + stats.closing and now() < deadline:
+    while now() < deadline:
+        stats = w.pool.stats()
+        if not stats.opening + stats.closing + stats.in_use + stats.pinging:
+            break
         await w.pause(0.005)
     there = stats.opened - sum(stats.closed.values())
     if there != stats.size:

@@ -317,7 +317,7 @@ def drawn_options(rng: random.Random) -> dict[str, Any]:
         "order": rng.choice(("lifo", "fifo")),
         "reset": rng.choice(("rollback", "session")),
         "max_idle": rng.choice((None, 0.2, 600.0)),
-        "max_lifetime": rng.choice((None, 0.4, 3600.0)),
+        "max_lifetime": rng.choice((None, 5.0, 3600.0)),
         "ping_after": rng.choice((None, 0.0, 0.1, 30.0)),
         "server_check_interval": rng.choice((0.5, 0.5, None)),
         "overdue_after": rng.choice((0.2, 60.0)),
