@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from tests.faults.proxy import FaultProxy, ProxyProcess
@@ -240,3 +241,15 @@ def test_everything_is_closed_at_the_end_whatever_it_was_doing(echo, kind):
         assert sock.recv(1) == b""
         sock.close()
     assert _refused(proxy.port)
+
+
+def test_who_connects_in_the_moment_of_a_refusal_is_not_left_unheard(echo):
+    """asyncio forgets a socket that was accepted while its listener closes."""
+    with FaultProxy("127.0.0.1", echo.port) as proxy:
+        for _ in range(60):
+            with socket.create_connection(("127.0.0.1", proxy.port), PATIENCE) as client:
+                proxy.refuse()
+                with suppress(ConnectionError):
+                    client.sendall(b"!")
+                    assert client.recv(1) in {b"!", b""}  # to hear nothing at all is an error
+            proxy.accept()
