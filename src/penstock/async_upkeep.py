@@ -250,8 +250,8 @@ class AsyncUpkeep:
             return
         except BaseException as error:  # also a SystemExit of a user's callable
             await self._open_failed(place, error, may_change=not if_changed)
-            if isinstance(error, asyncio.CancelledError):
-                raise
+            if not isinstance(error, Exception):
+                raise  # cancelled; or a KeyboardInterrupt, which ends the loop as from any other task
             return
         slot = place.pop()
         outage = self._machine.outage

@@ -1,7 +1,12 @@
-"""Why psycopg2 could not connect: told without psycopg 3, and mistakes in settings are told at once."""
+"""Why psycopg2 could not connect: told without psycopg 3, and mistakes in settings are told at once.
+
+And the end of a link where the process has no descriptor left.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 
@@ -82,3 +87,25 @@ def test_a_mistake_in_a_setting_is_told_at_once(wrong):
     assert not caught.value.heals
     assert "conninfo" in (caught.value.next_step or "")
     assert time.monotonic() - began < PATIENCE
+
+
+def test_discard_ends_the_session_where_no_descriptor_is_left(server, monkeypatch):
+    link = Psycopg2Driver().open(Recipe(conninfo=server.conninfo()), 10.0)
+    pid = link.conn.info.backend_pid
+
+    def no_more(_fd):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup", no_more)
+        link.discard()
+    deadline = time.monotonic() + PATIENCE
+    with psycopg2.connect(server.conninfo()) as other, other.cursor() as cursor:
+        gone = False
+        while not gone and time.monotonic() < deadline:
+            cursor.execute("select not exists (select from pg_stat_activity where pid = %s)", [pid])
+            gone = cursor.fetchone() == (True,)
+            other.commit()
+    other.close()
+    assert gone
+    assert os.fstat(link.fd), "the descriptor is still the connection's"

@@ -13,6 +13,7 @@ It must not know: pools, slots, leases, waiters, limits.
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import contextmanager, suppress
 from sys import getrefcount
@@ -42,7 +43,14 @@ from penstock._drivers.psycopg2_guard import (
 from penstock._drivers.psycopg2_limit import LIMIT, limited_cursor
 from penstock._drivers.renewal import ALONE
 from penstock._drivers.session_reset import LEARN, reset_message
-from penstock._drivers.sockets import READ, deadline_in, point_at_null, shut_down, wait
+from penstock._drivers.sockets import (
+    READ,
+    deadline_in,
+    point_at_null,
+    shut_down,
+    shut_down_without_duplicate,
+    wait,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -399,7 +407,9 @@ class Psycopg2Link:
         """Shut the socket down, and leave the memory to whoever still holds the connection."""
         try:
             duplicate = os.dup(self.fd)
-        except OSError:  # closed already
+        except OSError as error:
+            if error.errno != errno.EBADF and self._holds_descriptor():  # no descriptor is left
+                shut_down_without_duplicate(self.fd)
             return
         # Looked at after the dup: a connection that still has this number had it then, too.
         if self._holds_descriptor():

@@ -106,6 +106,23 @@ def shut_down(duplicate: int) -> None:
         raw.close()
 
 
+def shut_down_without_duplicate(fd: int) -> None:
+    """The same to a socket that goes on belonging to whoever has it: for a process without a free descriptor.
+
+    Whoever closes it in the same moment, and opens another, would have that one shut down: prefer `shut_down`.
+    """
+    try:
+        raw = RawSocket(fileno=fd)
+    except OSError:  # no socket (any more)
+        return
+    try:
+        raw.shutdown(SHUT_RDWR)
+    except OSError:  # ENOTCONN: the peer was quicker
+        pass
+    finally:
+        raw.detach()
+
+
 def point_at_null(fd: int) -> None:
     """Replace what `fd` refers to by the null device: nothing written to it reaches a peer.
 
