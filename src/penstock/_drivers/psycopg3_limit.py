@@ -15,6 +15,7 @@ Only connections whose recipe has a limit are of these classes. It must not know
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -135,8 +136,6 @@ def end_awaited(handle: PGconn) -> None:
 
 def _end(handle: PGconn) -> None:
     """Nobody knows what its session does: end it without a word, so that nothing can block."""
-    try:
+    with suppress(OSError, psycopg.Error):  # closed already, or no descriptor left for it
         shut_down(os.dup(handle.socket))
-    except (OSError, psycopg.Error):  # it is closed already
-        return
     handle.finish()
