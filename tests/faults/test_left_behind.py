@@ -51,14 +51,14 @@ def test_a_copy_of_asyncpgs_that_another_task_is_in_is_not_the_next_borrowers(
             )
             await inside.wait()
             await pool.putconn(conn)
-            answers = [(await pool.execute(f"select {n}")).fetchone()[0] for n in range(3)]
+            answers = [(await pool.execute(f"select {n}")).fetchall() for n in range(3)]
             copy.cancel()
             with pytest.raises((asyncio.CancelledError, Exception)):
                 await copy
             return answers
 
     with caplog.at_level(logging.WARNING, logger="penstock"):
-        assert asyncio.run(main()) == [0, 1, 2]
+        assert asyncio.run(main()) == [[(0,)], [(1,)], [(2,)]]
     assert "while a statement was under way" in caplog.text
     assert "(at faults/test_left_behind.py:" in caplog.text
 
