@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import weakref
 from gc import get_referents
 from sys import getrefcount
 from typing import Any
@@ -142,3 +143,23 @@ def test_errors_of_ours_can_be_errors_of_asyncpgs() -> None:
     assert issubclass(asyncpg.PostgresConnectionError, asyncpg.PostgresError)
     assert asyncpg.ConnectionDoesNotExistError.sqlstate == "08003"
     assert issubclass(asyncpg.ClientConfigurationError, (asyncpg.InterfaceError, ValueError))
+
+
+def test_what_asyncpg_knows_of_a_connection_it_finds_weakly_and_in_two_places(
+    unix_dsn: str,
+) -> None:
+    """Private: `protocol.set_connection`, and `_stmt_cache._on_remove`; a renewed object is told to both."""
+
+    async def main() -> None:
+        async with opened(unix_dsn) as link:
+            callback = link.conn._stmt_cache._on_remove
+            (to,) = callback.args
+            assert isinstance(to, weakref.ref)
+            assert to() is link.conn
+            assert callable(link.protocol.set_connection)
+            conn: Any = link.conn
+            before = getrefcount(conn)
+            await conn.fetch("select 1")
+            assert getrefcount(conn) == before
+
+    run(main())

@@ -10,6 +10,7 @@ import gc
 import inspect
 import threading
 import weakref
+from sys import getrefcount
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -296,3 +297,23 @@ def test_a_column_of_a_description_does_not_hold_its_connection(server: Server) 
     gc.collect()
     assert gone() is None
     assert description is not None and description[0].name == "?column?"
+
+
+def test_what_a_connection_hands_its_handle_are_two_callbacks_that_find_it_weakly(
+    conn: Any,
+) -> None:
+    """Private: `_notice_handler` and `_notify_handler`, which a renewed connection hands over again."""
+    handle = conn.pgconn
+    for callback, name in ((handle.notice_handler, "_notice_handler"),
+                           (handle.notify_handler, "_notify_handler")):  # fmt: skip
+        assert callback.func is getattr(psycopg.BaseConnection, name)
+        (to,) = callback.args
+        assert isinstance(to, weakref.ref)
+        assert to() is conn
+
+
+def test_a_statement_leaves_nobody_holding_the_connection_but_its_cursor(conn: Any) -> None:
+    """Else every borrow with `guard` would make a new object."""
+    before = getrefcount(conn)
+    conn.execute("select 1").fetchall()
+    assert getrefcount(conn) == before
