@@ -15,6 +15,7 @@ decides who is first, the end of the call or the deadline; it is held for one sh
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from functools import wraps
@@ -31,7 +32,7 @@ from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE, connection, cursor, l
 from penstock import hub
 from penstock._drivers.psycopg2_deadline import current_bell
 from penstock._drivers.psycopg2_guard import RAW
-from penstock._drivers.sockets import shut_down
+from penstock._drivers.sockets import shut_down, shut_down_without_duplicate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,12 +102,20 @@ class Clock:
             return
         self.rang = True
         with suppress(OSError, psycopg2.Error):  # it is closed already
+            self._shut_down(conn)
+
+    def _shut_down(self, conn: connection) -> None:
+        try:
             duplicate = os.dup(self._fd)
-            # Looked at after the dup: a connection that still has this number had it then, too.
-            if RAW["fileno"](conn) == self._fd:
-                shut_down(duplicate)
-            else:
-                os.close(duplicate)
+        except OSError as error:
+            if error.errno != errno.EBADF and RAW["fileno"](conn) == self._fd:  # none is left
+                shut_down_without_duplicate(self._fd)
+            return
+        # Looked at after the dup: a connection that still has this number had it then, too.
+        if RAW["fileno"](conn) == self._fd:
+            shut_down(duplicate)
+        else:
+            os.close(duplicate)
 
 
 def bounded(conn: connection, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
