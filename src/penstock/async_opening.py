@@ -85,8 +85,11 @@ class AsyncOpener:
 
     async def explain(self, error: BaseException) -> Failure:
         """Find out why `open` raised `error`; may make one more attempt, which diagnoses."""
-        failure = self._opener.known(error)
-        return failure or self._opener.remember(error, await self._diagnosis(error))
+        failure = self._opener.known(error) or self._opener.asked_already(error)
+        if failure is not None:
+            return failure
+        with self._opener.asking(error):
+            return self._opener.remember(error, await self._diagnosis(error))
 
     def explain_at_once(self, error: BaseException) -> Failure:
         """What is known without asking anybody: for a moment in which nothing can be awaited."""

@@ -10,6 +10,7 @@ each call belongs to the worker that makes it.
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from penstock.conninfo import Wrong, read
 from penstock.secret import Hidden, Secret
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     #: Name of the setting, path, time of the last change, size, inode.
     Files = tuple[tuple[str, str, int, int, int], ...]
@@ -106,6 +107,7 @@ class Opener:
         # The last diagnoses and the failures that they explained: the same words again have the same
         # reason, and need no second attempt. Several, since one cause can come in two wordings by turns.
         self._known: dict[tuple[type, str], Diagnosis] = {}
+        self._asking: set[tuple[type, str]] = set()
         # What the last attempt was made with, to be compared with the next, and to be diagnosed.
         self._tried: Hidden[tuple[Recipe, Files] | None] = Hidden(None)
 
@@ -202,8 +204,25 @@ class Opener:
 
     def explain(self, error: BaseException) -> Failure:
         """Find out why `open` raised `error`; may make one more attempt, which diagnoses."""
-        failure = self.known(error)
-        return failure or self.remember(error, self._diagnosis(error))
+        failure = self.known(error) or self.asked_already(error)
+        if failure is not None:
+            return failure
+        with self.asking(error):
+            return self.remember(error, self._diagnosis(error))
+
+    def asked_already(self, error: BaseException) -> Failure | None:
+        """What to say for now of a failure that another worker is having diagnosed: one attempt is enough for all."""
+        return _failure(error, undiagnosed(error)) if _key(error) in self._asking else None
+
+    @contextmanager
+    def asking(self, error: BaseException) -> Iterator[None]:
+        """While the driver is asked about `error`."""
+        key = _key(error)
+        self._asking.add(key)
+        try:
+            yield
+        finally:
+            self._asking.discard(key)
 
     def known(self, error: BaseException) -> Failure | None:
         """Why `open` raised `error`, where no driver need be asked."""

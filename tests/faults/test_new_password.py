@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from tests.wire import WireProxy
 
 from penstock import ConnectionPool, ServerUnavailable
 from penstock.launcher import HBA, Server
@@ -85,3 +86,24 @@ def test_a_password_file_that_is_replaced_is_heeded_too(strict_server, tmp_path)
         write("right")
         with pool.connection() as conn:
             assert conn.execute("select 1").fetchone() == (1,)
+
+
+def test_many_first_attempts_that_are_refused_together_are_diagnosed_once(strict_server):
+    with WireProxy("127.0.0.1", strict_server.port) as proxy, proxy.counting() as count:
+        conninfo = strict_server.conninfo(user="rotates", password="wrong", port=proxy.port)
+        with ConnectionPool(conninfo, max_size=8, timeout=20, name="together") as pool:
+            refused = []
+
+            def borrow():
+                with pytest.raises(ServerUnavailable) as caught:
+                    pool.getconn()
+                refused.append(caught.value.heals)
+
+            threads = [threading.Thread(target=borrow) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            failed = pool.stats().open_failures
+    assert refused == [False] * 8
+    assert count.opened - failed <= 2
