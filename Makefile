@@ -5,7 +5,7 @@ PY = $(VENV)/bin/python
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: demo test lint bench faults soak clean
+.PHONY: demo test lint bench faults planted soak clean
 
 # A stamp per dependency group: changed requirements are installed, unchanged ones cost nothing.
 $(VENV)/pip.stamp:
@@ -40,6 +40,9 @@ bench: $(VENV)/bench.stamp  ## speed, as ratios against peers in the same run
 
 faults: $(VENV)/test.stamp  ## what happens when things break: every fault, runtime and driver, as a table
 	$(PY) -m tests.faults.table $(ARGS)
+
+planted: $(VENV)/test.stamp  ## faults planted in the pool's own code, and the tests that notice them; half an hour, or ARGS="a word"
+	$(PY) -m tests.planted $(ARGS)
 
 # Bash sets SECONDS, too: only what make is told counts.
 soak: $(VENV)/test.stamp  ## all faults at random, everywhere, for 10 minutes; SECONDS=60, SEED=... repeats a run

@@ -1,0 +1,1 @@
+"""Faults planted in the pool's own code, and the tests that notice them: `python -m tests.planted`."""
