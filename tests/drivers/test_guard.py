@@ -89,6 +89,8 @@ def test_what_is_registered_on_the_old_ones_adapters_does_not_reach_the_new_one(
         with pytest.raises(MisuseError, match="given back"):
             adapters.register_loader("int4", psycopg.types.string.TextLoader)
         assert new.execute("select 1").fetchone() == (1,)
+        new.adapters.register_loader("int4", psycopg.types.string.TextLoader)
+        assert new.execute("select 1").fetchone() == ("1",)
 
 
 def test_adapters_of_the_pool_go_along_and_a_borrowers_own_do_not(make_pool):
@@ -173,8 +175,9 @@ def test_the_old_object_does_not_touch_what_is_noted_of_the_new_one(make_pool):
         old._num_transactions += 1  # as a transaction() does that somebody leaves too late
         old.close()
         assert old.closed
-        assert new.execute("select 1").fetchone() == (1,)
-    assert pool.stats().opened == 1
+        session = pid(new)
+    with pool.connection() as third:
+        assert pid(third) == session
 
 
 def test_a_session_that_is_held_by_nobody_dies_with_the_pool_and_warns_of_nothing(make_pool):
@@ -224,10 +227,11 @@ def test_a_held_asyncpg_connection_is_followed_by_another_object_over_the_same_s
                 new.add_log_listener(lambda _conn, notice: heard.append(notice.message))
                 await new.execute("do $$ begin raise notice 'boo'; end $$")
                 await asyncio.sleep(0)
+                del old, statement
+                gc.collect()  # what becomes of the old object is not the session's affair
+                assert await new.fetchval("select 3") == 3
             assert pool.stats().opened == 1
         assert heard == ["boo"]
-        del old, new, statement
-        gc.collect()
 
     asyncio.run(main())
 
