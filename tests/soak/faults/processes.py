@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +16,9 @@ from tests.contract.runtimes import driven
 from tests.forks import Child
 from tests.soak.ledger import DONE, NEVER, UNKNOWN
 from tests.soak.world import NEVER_LENT
+
+#: Seconds that a child lives at most: it outlives nothing that waits for it by more.
+LONGEST = 100
 
 #: Pieces of work of one child.
 PIECES = 6
@@ -46,6 +50,7 @@ async def one_child(w, b, generations):
 
 def in_child(w, generations):
     """What a child does; its answer goes through a pipe."""
+    signal.alarm(LONGEST)  # whatever it does
     w.stop.set()  # for greenlets
     w.findings.clear()
     told: dict[str, Any] = {"keys": {DONE: [], NEVER: [], UNKNOWN: []}, "errors": []}
