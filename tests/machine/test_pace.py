@@ -174,3 +174,15 @@ def test_who_is_alone_has_his_connection_opened_at_once():
 def test_being_held_back_wakes_the_keeper_a_few_times_and_not_at_each_return():
     crowd = stampede(200, connect=0.2, hold=0.001, max_size=20)
     assert crowd.ticks < 20
+
+
+def test_a_connect_that_was_slow_once_holds_nobody_back_later():
+    crowd = Crowd(connect=6.0, hold=4.0, max_size=10)
+    crowd.come(hold=0.0)
+    crowd.run(7.0)
+    crowd.connect = 0.005
+    for number in range(10):
+        crowd.run(7.0 + 0.001 * number)
+        crowd.come()
+    crowd.run(7.5)
+    assert len(crowd.served) == 11, "the server answers quickly again, and there is room for all"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from penstock._machine.machine import Machine, Waiter
+from penstock._machine.machine import Machine, Verdict, Waiter
 from penstock._machine.orders import Open
 from penstock._machine.policy import Limits
 from penstock._machine.slot import SlotState
@@ -111,6 +111,31 @@ def test_an_unanswered_ping_counts_from_when_it_was_sent(answered):
         assert waiter.slot is opening
         return
     assert silence_at(machine, waiter, 20.6) == 20.0
+
+
+def test_a_server_that_was_slow_once_is_silent_as_soon_as_any_other():
+    machine = machine_of(3)
+    lent = [borrowed(machine, 0.0, takes=9.0), borrowed(machine, 10.0, takes=0.1)]
+    for slot in lent:
+        machine.returned(slot, 20.0, Verdict.BROKEN)
+    waiter, slots = comes(machine, 20.0)
+    assert silence_at(machine, waiter, 21.0) == 20.0
+    del slots
+
+
+def test_a_ping_that_another_borrower_sent_in_vain_counts_for_those_who_waited_for_it():
+    machine = machine_of(1, ping_after=10.0)
+    machine.put(borrowed(machine, 0.0))
+    assert machine.take(20.0, 0) is None
+    waiter, _ = comes(machine, 20.0)
+    other, _ = comes(machine, 20.1)
+    slot, waiter.slot = waiter.slot, None
+    (close,) = machine.ping_failed(slot, waiter, 20.4)
+    late, _ = comes(machine, 20.5)
+    (opening,) = opens(machine.closed(close.slot, close.reason, 20.5))
+    assert silence_at(machine, other, 20.8) == 20.0
+    assert silence_at(machine, late, 20.8) is None, "he knows of a connect of 0.3 s only"
+    del opening
 
 
 def test_who_leaves_for_another_reason_is_told_nothing():

@@ -573,7 +573,7 @@ class World:
         bound = machine.pace.served
         if bound is None:
             bound = max(machine.pace.began, self.now) + WAVE_EVERY
-        due = max(self.now, bound + machine.tally.mean_opening()) + 2 * AFTER
+        due = max(self.now, bound + machine.tally.usual_opening()) + 2 * AFTER
         assert min(self.alarms) <= due, "nobody will look in time whether one more is wanted"
 
     def _check_counters(self) -> None:

@@ -283,8 +283,7 @@ class Machine:
         orders: list[Order] = []
         if self.has(slot):
             self._end(slot, Reason.UNANSWERED, orders)
-        if waiter.unanswered is None:
-            waiter.unanswered = slot.asked_at
+        self._note_unanswered(slot.asked_at, [waiter, *self.waiting()])
         self._doubt()
         self._queue_again(waiter)
         return orders + self.look_again(now)
@@ -325,8 +324,7 @@ class Machine:
         self.opening.pop(ref.serial, None)
         ref.link = link
         slot.link = link
-        self.tally.opened += 1
-        self.tally.opening_seconds += now - slot.opened_at
+        self.tally.connection_opened(now - slot.opened_at)
         slot.opened_at = slot.borrowed_at = now
         slot.retire_at = retire_at(now, self.limits.max_lifetime, self.random())
         slot.move(Move.OPENED)
@@ -519,7 +517,7 @@ class Machine:
 
     def silent_since(self, now: float, unanswered: float | None = None) -> float | None:
         """Since when the server has owed an answer, if that is why nobody can be served."""
-        return silent_since(self.slots(), unanswered, now, self.tally.mean_opening())
+        return silent_since(self.slots(), unanswered, now, self.tally.usual_opening())
 
     def stats(self, name: str, now: float) -> Stats:
         """A snapshot."""
@@ -554,6 +552,12 @@ class Machine:
             else:
                 return waiter
         return None
+
+    def _note_unanswered(self, asked_at: float, waiters: list[Waiter]) -> None:
+        """All of them have waited for this answer, whoever asked."""
+        for waiter in waiters:
+            if waiter.unanswered is None:
+                waiter.unanswered = asked_at
 
     def _queue_again(self, waiter: Waiter) -> None:
         """What was given to a waiter was of no use: back to his place, if the pool is still open."""
@@ -676,7 +680,7 @@ class Machine:
         """If fewer are being opened than could be, look again when that may be too few."""
         waiting, opening = len(self.waiters), len(self.opening)
         if opening < waiting and self.outage is None and self._may_open():
-            due = self.pace.look_at(now, waiting, opening, self.tally.mean_opening())
+            due = self.pace.look_at(now, waiting, opening, self.tally.usual_opening())
             if due < NEVER:
                 self._arm_for(due, now, orders)
 
@@ -713,7 +717,7 @@ class Machine:
         waiting, opening = len(self.waiters), len(self.opening)
         # With no slot but those, nothing can come back; in an outage there is one probe at a time.
         if opening < waiting and self.outage is None and len(self.refs) > 0:
-            return self.pace.wanted(now, waiting, self.tally.mean_opening())
+            return self.pace.wanted(now, waiting, self.tally.usual_opening())
         return waiting
 
     def _report_outage(self, now: float, orders: list[Order]) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: Seconds that a server may take for an answer before it is called silent: a login with TLS and SCRAM over a
 #: long line takes half of it.
 SILENCE: Final = 0.5
-#: And so many times what a connect took in the mean, so that a server that is always slow is no silent one.
+#: And so many times what a connect usually takes, so that a server that is always slow is no silent one.
 TIMES_USUAL: Final = 4.0
 
 
@@ -37,7 +37,7 @@ def silent_since(
         slots: the pool's.
         unanswered: since when the borrower who asks has waited for a ping that was not answered, or None.
         now: the time.
-        usual: seconds that opening a connection took in the mean; 0.0: none was opened yet.
+        usual: seconds that opening a connection usually takes; 0.0: none was opened yet.
     """
     lent, asked = 0, []
     for slot in slots:

@@ -26,6 +26,7 @@ class Tally:
     __slots__ = (
         "borrows_of_gone",
         "closed",
+        "last_opening",
         "longest_wait",
         "open_failures",
         "opened",
@@ -48,6 +49,7 @@ class Tally:
         self.waits = [0] * (len(WAIT_EDGES) + 1)
         self.opened = 0
         self.opening_seconds = 0.0
+        self.last_opening = 0.0
         self.open_failures = 0
         self.orphaned = 0
         self.closed: dict[str, int] = {}
@@ -58,9 +60,18 @@ class Tally:
         self.longest_wait = max(self.longest_wait, seconds)
         self.waits[_bucket(seconds)] += 1
 
-    def mean_opening(self) -> float:
-        """Seconds that opening one took, in the mean; 0.0: none was opened yet."""
-        return self.opening_seconds / self.opened if self.opened else 0.0
+    def connection_opened(self, seconds: float) -> None:
+        """Opening one took this long."""
+        self.opened += 1
+        self.opening_seconds += seconds
+        self.last_opening = seconds
+
+    def usual_opening(self) -> float:
+        """Seconds that opening one takes: the mean, or the last if that was quicker; 0.0: none was opened yet.
+
+        A connect that was stuck in an outage for ten seconds must not be believed for the next thousand.
+        """
+        return min(self.last_opening, self.opening_seconds / self.opened) if self.opened else 0.0
 
     def connection_closed(self, reason: str, borrows: int) -> None:
         """A slot is gone: keep what it counted."""

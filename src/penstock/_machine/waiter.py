@@ -33,7 +33,7 @@ class Waiter:
         refusal: why it gets nothing.
         ticket: its key in the queue, 0 before it queued.
         queued_at: since when it waits.
-        unanswered: when it sent the first ping that was not answered, or None.
+        unanswered: when the first ping was sent that was not answered while it waited, by whomever; or None.
         silent_since: set when its time is up: since when the server has owed an answer, if that is why it
             got nothing.
     """
