@@ -730,7 +730,8 @@ class Server:
             return
         channel = self._open_channel()
         self.resume()  # a paused server hears nothing
-        os.kill(pid, STOP_SIGNALS[mode])
+        with contextlib.suppress(ProcessLookupError):  # it is ending already, after an earlier "smart"
+            os.kill(pid, STOP_SIGNALS[mode])
         if channel.wait_ended(pid, timeout) is None:
             raise LauncherError(
                 f"the server did not stop ({mode}) within {timeout:g} s:\n{self.log_tail()}"
