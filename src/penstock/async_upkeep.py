@@ -22,6 +22,7 @@ import logging
 from collections import deque
 from functools import partial
 from threading import get_ident
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock import loops, watch
@@ -29,7 +30,7 @@ from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, 
 from penstock._machine.slot import Reason, Slot, SlotRef
 from penstock.async_opening import called
 from penstock.clock import clock
-from penstock.opening import CONNECT_SECONDS, Failure, SameAgain
+from penstock.opening import BRIEF_SECONDS, CONNECT_SECONDS, Failure, SameAgain
 from penstock.upkeep import LONGEST_SLEEP
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ if TYPE_CHECKING:
     from penstock.reports import Reporter
 
 #: Connections being opened at the same time, per pool; as the keeper's (`keeper.py`) per process.
-CONNECT_CONCURRENCY: Final = 16
+CONNECT_CONCURRENCY: Final = 20
+
+#: While a connection is being opened, somebody looks so often, in seconds, whether its slot is still there.
+LOOK_AGAIN_SECONDS: Final = 1.0
 
 _log = logging.getLogger("penstock")
 
@@ -154,11 +158,17 @@ class AsyncUpkeep:
         self._carry_out(self._machine.look_again(clock()))
 
     def _tick(self) -> None:
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
-        self._bring_orphans_home()
-        self._carry_out(self._machine.tick(clock()))
+        try:
+            timer, self._timer = self._timer, None
+            if timer is not None:
+                timer.cancel()
+            self._bring_orphans_home()
+            self._carry_out(self._machine.tick(clock()))
+            if self._machine.opening:
+                self._call_at(clock() + LOOK_AGAIN_SECONDS)
+        except BaseException:  # a signal's: the next one repeats what is left
+            self._call_at(clock())
+            raise
 
     # -- orders -----------------------------------------------------------------------------------
 
@@ -199,23 +209,43 @@ class AsyncUpkeep:
         # An empty context: what a request keeps in context variables is not the pool's.
         task = contextvars.Context().run(loop.create_task, work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._task_ended)
         if undone is not None:
             task.add_done_callback(lambda _task: undone())
         return task
 
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        """One of the pool's own tasks has ended; one that a signal's exception struck left a move half done."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        # Its frames, which the error keeps, may have a slot that is nobody's any more: it is to come home.
+        seen: BaseException | None = error
+        while seen is not None:
+            clear_frames(seen.__traceback__)
+            seen = seen.__context__
+        self._call_at(clock())
+        if isinstance(error, Exception) and self._loop is not None:  # others have ended the loop
+            told = f"a task of pool {self.name!r} failed"
+            self._loop.call_exception_handler({"message": told, "exception": error, "task": task})
+
     def _call_at(self, when: float) -> None:
+        """Tick at `when`, by a timer; each prefix of this leaves one that comes, or is seen not to come."""
         loop = self._loop
         if loop is None or loop.is_closed():
             return
-        seconds = min(max(0.0, when - clock()), LONGEST_SLEEP)
+        now = clock()
         timer = self._timer
-        if timer is not None:
-            if self._ticks_at <= when:  # uvloop's handles do not all know when
-                return
-            timer.cancel()
-        self._ticks_at = when
+        # uvloop's handles do not all know when. One whose time has passed may have been lost to an interrupt.
+        ticks_at = self._ticks_at
+        if timer is not None and now < ticks_at <= when:
+            return
+        seconds = min(max(0.0, when - now), LONGEST_SLEEP)
         self._timer = loop.call_later(seconds, _tick_if_alive, self._home)
+        self._ticks_at = when
+        if timer is not None and now < ticks_at:  # one that is due may be just about to come
+            timer.cancel()
 
     # -- opening ----------------------------------------------------------------------------------
 
@@ -224,6 +254,7 @@ class AsyncUpkeep:
         if task is not None:
             self._connects.add(task)
             task.add_done_callback(self._connects.discard)
+            self._call_at(clock() + LOOK_AGAIN_SECONDS)
 
     async def _end_connects(self) -> None:
         """The pool is closed: nobody wants what is being opened."""
@@ -240,27 +271,39 @@ class AsyncUpkeep:
         lent and dropped would not come home.
         """
         await asyncio.sleep(0)  # a loop may run a new task at once, in the middle of our caller
+        link = None
+        brief = place[0].brief
+        seconds = min(BRIEF_SECONDS, CONNECT_SECONDS) if brief else CONNECT_SECONDS
         try:
             async with self._connecting:
-                link = await self._opener.open(CONNECT_SECONDS, if_changed=if_changed)
+                link = await self._opener.open(seconds, if_changed=if_changed)
             self._watch(link, place[0].ref)
         except SameAgain:
             self._carry_out(self._machine.unchanged(place.pop(), clock()))
             self._tell_onlookers()
             return
         except BaseException as error:  # also a SystemExit of a user's callable
+            if link is not None:
+                _discard(link)
             await self._open_failed(place, error, may_change=not if_changed)
             if not isinstance(error, Exception):
                 raise  # cancelled; or a KeyboardInterrupt, which ends the loop as from any other task
             return
-        slot = place.pop()
         outage = self._machine.outage
-        orders = self._machine.opened(slot, link, clock())
-        del slot
-        self._carry_out(orders)
+        self._carry_out(self._opened(place, link))
         self._tell_onlookers()
         if outage is not None:
             _log.warning("pool %r: connections can be opened again", self.name)
+
+    def _opened(self, place: list[Slot], link: Any) -> list[Order]:
+        """The slot in this place has a link."""
+        slot_ref = place[0].ref
+        try:
+            return self._machine.opened(place.pop(), link, clock())
+        except BaseException:  # a signal's
+            if slot_ref is None or slot_ref.link is not link:
+                _discard(link)  # it belongs to no slot yet, with which it would come home
+            raise
 
     async def _open_failed(
         self, place: list[Slot], error: BaseException, *, may_change: bool
@@ -277,6 +320,8 @@ class AsyncUpkeep:
     async def _explain(self, error: BaseException) -> Failure:
         if isinstance(error, asyncio.CancelledError):
             return self._opener.explain_at_once(_Cancelled())
+        if not isinstance(error, Exception):
+            return self._opener.explain_at_once(_Struck(type(error).__name__))
         return await self._opener.explain(error)
 
     def _note_failure(self, slot: Slot, failure: Failure, *, may_change: bool) -> None:
@@ -291,7 +336,7 @@ class AsyncUpkeep:
         )
         self._carry_out(orders)
         self._tell_onlookers()
-        if isinstance(failure.error, _Cancelled):
+        if isinstance(failure.error, (_Cancelled, _Struck)):
             return  # nobody's fault, and mostly the program's end
         if before is None or before.error.text != failure.text:
             code = f" (SQLSTATE {failure.sqlstate})" if failure.sqlstate else ""
@@ -408,6 +453,13 @@ class _Cancelled(Exception):  # noqa: N818  it is what happened
 
     def __str__(self) -> str:
         return "connecting was cancelled: all tasks of the loop were, or it is ending"
+
+
+class _Struck(Exception):  # noqa: N818  it is what happened
+    """A connect was cut off by what ends a program, a signal handler's; of the server that says nothing."""
+
+    def __str__(self) -> str:
+        return f"connecting was cut off by {super().__str__()}"
 
 
 def _unwatch(link: Any, slot_ref: SlotRef | None) -> None:

@@ -38,11 +38,17 @@ class NoTripwire(Exception):
 
 
 class Tripwire:
-    """Pulls SIGINT, or raises KeyboardInterrupt, at the k-th instruction in some files."""
+    """Pulls SIGINT, or raises KeyboardInterrupt, at the k-th instruction in some files.
 
-    def __init__(self, folder: Path, *files: str):
+    Args:
+        folder: where it is built.
+        files: beginnings of names of files besides `sources`.
+        sources: those of penstock's own files that count.
+    """
+
+    def __init__(self, folder: Path, *files: str, sources: tuple[str, ...] = (SOURCES,)):
         self._module = _build(folder)
-        self._files = (SOURCES, *files)
+        self._files = (*sources, *files)
         if hasattr(sys, "monitoring"):
             _monitor(self._module.on_instruction, self._files)
 

@@ -354,7 +354,7 @@ class Loop(Borrower):
     """A task is struck, the loop ends with what the handler raised, and is run again.
 
     Only in the code of borrowers, drivers and pools: between two tasks an interrupt makes asyncio lose what it
-    was about to call, and in its own code one can leave its heap of timers out of order. (`asyncio.run` has a
+    was about to call, and in its own code one can leave its heap of timers, or its selector, out of order. (`asyncio.run` has a
     handler of its own for SIGINT, which does not raise there either.)
     """
 
@@ -365,7 +365,9 @@ class Loop(Borrower):
         if not self.armed:
             return
         inside = str(frame.f_globals.get("__name__"))
-        if asyncio.current_task(self.loop) is None or inside.startswith(("asyncio", "heapq")):
+        if asyncio.current_task(self.loop) is None or inside.startswith(
+            ("asyncio", "heapq", "selectors")
+        ):
             signal.setitimer(signal.ITIMER_REAL, self.rng.uniform(1e-6, LATEST / 10))
             return
         self.armed = False
@@ -393,7 +395,11 @@ class Loop(Borrower):
         if left:
             done, pending = finish(loop, asyncio.wait(left, timeout=TIMEOUT + 5))
             self.seen["hung"] += len(pending)
-            self.seen["errors"] += sum(isinstance(task.exception(), Exception) for task in done)
+            errors = [task.exception() for task in done]
+            errors = [error for error in errors if isinstance(error, Exception)]
+            for error in errors:
+                print("#", repr(error))
+            self.seen["errors"] += len(errors)
 
 
 def finish(loop, coro):
