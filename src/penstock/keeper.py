@@ -2,8 +2,9 @@
 
 One job: run what pools ask for away from borrowers. The keeper's runner closes connections, brings
 orphaned slots home and calls pools when a tick is due; the workers open connections, several at a
-time up to `CONNECT_CONCURRENCY` per process. It sleeps until something is due: an idle process is
-never woken.
+time up to `CONNECT_CONCURRENCY` per process; those that take long wait for the network and count no
+more, so that a server that says nothing keeps no other pool from its own. The keeper sleeps until
+something is due: an idle process is never woken.
 
 It must not know: what a pool decides, what a driver does, whether its runners are threads or
 greenlets (`hub.py` does). A job is a callable; a pool is reached through a weak reference, so that
@@ -25,6 +26,7 @@ import logging
 import queue
 import sys
 import threading
+import weakref
 from _queue import SimpleQueue  # the native one: nobody sleeps at it
 from collections import deque
 from functools import partial
@@ -35,7 +37,6 @@ from penstock._machine.slot import SlotRef
 from penstock.clock import clock
 
 if TYPE_CHECKING:
-    import weakref
     from collections.abc import Callable
     from typing import Protocol
 
@@ -54,8 +55,13 @@ if TYPE_CHECKING:
     Job = Callable[[], object]
 
 #: Connections being opened at the same time, per process. A connect costs the server a fork of a
-#: process of its own and some milliseconds of CPU; more at a time do not come sooner.
-CONNECT_CONCURRENCY: Final = 16
+#: process of its own and some milliseconds of CPU; more than 16 at a time do not come sooner. And four that
+#: are tried beside 16 that are not answered.
+CONNECT_CONCURRENCY: Final = 20
+
+#: A job that takes longer than this, in seconds, costs no processor: it waits. How many such there are of one
+#: pool is bounded by the machine.
+SLOW_SECONDS: Final = 0.25
 
 #: How long a fork waits for connect workers, in seconds: to end takes one a tenth of a millisecond.
 FINISH_SECONDS: Final = 0.005
@@ -89,6 +95,9 @@ class Keeper:
         self._lock = hub.Lock()
         self._thread: hub.Runner | None = None
         self._workers: set[hub.Runner] = set()
+        # When each worker began with its job; its own to write.
+        self._began: dict[object, float] = {}
+        self._more = _MoreWorkers(self)
         # Workers that have nothing to do any more, and may not be gone yet.
         self._leaving: deque[hub.Runner] = deque(maxlen=CONNECT_CONCURRENCY)
         # In a forked child: a greenlet of the parent's may be run again there, but must do nothing.
@@ -176,13 +185,26 @@ class Keeper:
     def _ensure_worker(self) -> None:
         with self._lock:
             self._workers = set(filter(_is_alive, self._workers))
-            if len(self._workers) >= CONNECT_CONCURRENCY:
-                return
-            worker = self._ways.runner(self._work, "penstock-connect")
-            self._workers.add(worker)
-            started = _try_to_start(worker)
+            enough = self._quick(clock() - SLOW_SECONDS) >= CONNECT_CONCURRENCY
+            started = enough or self._start_worker()
+        if enough:
+            self.ring_at(self._more, clock() + SLOW_SECONDS)
         if not started:  # the interpreter is ending: the keeper may still be there
             self.inbox.put(self._work)
+
+    def _start_worker(self) -> bool:
+        worker = self._ways.runner(self._work, "penstock-connect")
+        self._workers.add(worker)
+        return _try_to_start(worker)
+
+    def _quick(self, since: float) -> int:
+        """How many workers began their job after `since`, or have none yet."""
+        return sum(self._began.get(worker, since) >= since for worker in self._workers)
+
+    def _ensure_more(self) -> None:
+        """Those who work may have become slow: others for what is still to be done."""
+        for _ in range(self._jobs.qsize()):
+            self._ensure_worker()
 
     def park(self, seconds: float) -> None:
         """Before a fork: end the threads for a moment.
@@ -288,12 +310,14 @@ class Keeper:
     def _work(self) -> None:
         while self._work_once():
             pass
+        self._began.pop(self._ways.current(), None)
 
     def _work_once(self) -> bool:
         try:
             job = self._jobs.get_nowait()
         except queue.Empty:
             return self._stay()
+        self._began[self._ways.current()] = clock()
         try:
             job()
         except BaseException as error:  # noqa: BLE001  one job's error must not end the others
@@ -312,6 +336,19 @@ class Keeper:
                     self._workers.discard(worker)
                 return False
             return True
+
+
+class _MoreWorkers:
+    """Rings when those who work may have become slow; it keeps no keeper alive."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = weakref.ref(keeper)
+
+    def ring(self) -> None:
+        """The time is up."""
+        keeper = self._keeper()
+        if keeper is not None:
+            keeper._ensure_more()
 
 
 def _is_alive(runner: hub.Runner) -> bool:

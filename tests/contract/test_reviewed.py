@@ -474,3 +474,14 @@ def test_a_childs_side_that_is_interrupted_abandons_every_inherited_link_when_re
 
     monkeypatch.setattr(FakeLink, "abandon", interrupted)
     assert Child(child, fork=fork).answer() == []
+
+
+def test_jobs_that_wait_for_a_silent_server_keep_no_other_pool_from_its_own():
+    silent, served = threading.Event(), threading.Event()
+    for _ in range(2 * keeper.CONNECT_CONCURRENCY + 1):
+        keeper.current().submit(silent.wait)
+    keeper.current().submit(served.set)
+    try:
+        assert served.wait(PATIENCE), "it waits until those give up that are not answered"
+    finally:
+        silent.set()
