@@ -9,8 +9,13 @@ threads: the thread looks at all clocks when the earliest is due. Each call that
 between the two: of the connection (`commit` ...), of its cursors, of large objects. A COPY's clock stands still
 while psycopg2 reads or writes the program's file.
 
+Threads that share a connection take turns here, and not only inside psycopg2: the time of each begins with its
+turn. A user's class may ask something else in its `execute`, or be slow before it asks: then the clock begins
+anew, or looks again after a while.
+
 Only connections whose recipe has a limit are of these classes. It must not know: links, pools. The clock's lock
-decides who is first, the end of the call or the deadline; it is held for one shutdown.
+decides who is first, the end of the call or the deadline; it is held for one shutdown. Its `turn` is held for
+a call, and taken before.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from math import inf
 from operator import attrgetter
 from time import monotonic
@@ -40,6 +45,9 @@ if TYPE_CHECKING:
     from penstock._drivers.protocol import StatementLimit
     from penstock._drivers.psycopg2_deadline import Bell
 
+#: Where a call is under way, but nothing asked: the clock is looked at this often within the limit.
+_LOOKS: Final = 4
+
 #: Where a connection's clock is kept, in its attributes.
 LIMIT: Final = "_penstock_limit"
 
@@ -50,18 +58,26 @@ class Clock:
     Attributes:
         deadline: when the statement's time is up; infinite while none is under way.
         rang: the time was up, and the connection has been shut down.
+        turn: held by the thread whose call is under way.
+        depth: how many of its calls are, one in the other.
     """
 
-    __slots__ = ("_bell", "_conn", "_fd", "_lock", "deadline", "limit", "rang")
+    __slots__ = (
+        *("_bell", "_conn", "_fd", "_lock", "_rested"),
+        *("deadline", "depth", "limit", "rang", "turn"),
+    )
 
     def __init__(self, conn: connection, limit: StatementLimit) -> None:
         self._conn = ref(conn)  # weak: the connection has this
         self._fd: int = RAW["fileno"](conn)
         self._lock = hub.Lock()
         self._bell: Bell | None = None  # that looks at this clock
+        self._rested = -inf  # when a look last found nothing asked
         self.limit = limit
         self.deadline = inf
         self.rang = False
+        self.turn = hub.Lock()
+        self.depth = 0
 
     def start(self) -> None:
         """A statement begins."""
@@ -91,14 +107,19 @@ class Clock:
     def ring(self) -> None:
         """In the bell: the time is up, unless the statement has ended."""
         with self._lock:
-            if self.deadline <= monotonic():
-                self._strike()
+            now = monotonic()
+            if self.deadline <= now:
+                self._strike(now)
 
-    def _strike(self) -> None:
+    def _strike(self, now: float) -> None:
         conn = self._conn()
-        # An interrupt may have kept the clock from being stopped: nothing is under way then.
-        if conn is None or RAW["get_transaction_status"](conn) != TRANSACTION_STATUS_ACTIVE:
-            self.deadline = inf
+        if conn is None or not is_asked(conn):
+            # A call that has not asked yet; or an interrupt kept the clock from being stopped.
+            self._rested = now
+            self.deadline = now + self.limit.seconds / _LOOKS if self.depth and conn else inf
+            return
+        if now < (due := self._rested + self.limit.seconds):
+            self.deadline = due
             return
         self.rang = True
         with suppress(OSError, psycopg2.Error):  # it is closed already
@@ -118,6 +139,12 @@ class Clock:
             os.close(duplicate)
 
 
+def is_asked(conn: connection) -> bool:
+    """Whether a statement is under way."""
+    status: int = RAW["get_transaction_status"](conn)
+    return status == TRANSACTION_STATUS_ACTIVE
+
+
 def bounded(conn: connection, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """Call it; if the server does not answer in time, the connection ends.
 
@@ -128,14 +155,27 @@ def bounded(conn: connection, call: Callable[..., Any], *arguments: Any, **named
     clock: Clock | None = vars(conn).get(LIMIT)
     if clock is None:  # it is being made
         return call(*arguments, **named)
+    with clock.turn:
+        # Of the same thread, with a statement under way: another greenlet, whom psycopg2 refuses.
+        if clock.depth and is_asked(conn):
+            return call(*arguments, **named)
+        return _in_turn(conn, clock, partial(call, *arguments, **named))
+
+
+def _in_turn(conn: connection, clock: Clock, call: Callable[[], Any]) -> Any:
+    outer = clock.depth
     try:
+        clock.depth = outer + 1
         clock.start()
-        answer = call(*arguments, **named)
+        answer = call()
     except psycopg2.Error:
         if not clock.rang:
             raise
     finally:
+        clock.depth = outer
         clock.stop()
+        if outer:  # its own statement is still to come
+            clock.start()
     if clock.rang:
         clock.rang = False  # said once
         RAW["close"](conn)

@@ -76,7 +76,9 @@ class LimitsStatements(psycopg.Connection[Any]):
         Raises:
             StatementTimeout: no complete answer in time; the connection is closed.
         """
-        limit: StatementLimit = vars(self)[LIMIT]
+        limit: StatementLimit | None = vars(self).get(LIMIT)
+        if limit is None:  # a class of the user's asks something while it is being made
+            return super().wait(gen, interval or _INTERVAL, **_more(timeout))
         handle = self.pgconn
         limited = _limited(gen, handle, monotonic() + limit.seconds)
         try:
@@ -98,7 +100,9 @@ class AsyncLimitsStatements(psycopg.AsyncConnection[Any]):
         Raises:
             StatementTimeout: no complete answer in time; the connection is closed.
         """
-        limit: StatementLimit = vars(self)[LIMIT]
+        limit: StatementLimit | None = vars(self).get(LIMIT)
+        if limit is None:
+            return await super().wait(gen, interval or _INTERVAL, **_more(timeout))
         handle = self.pgconn
         limited = _limited(gen, handle, monotonic() + limit.seconds)
         try:
