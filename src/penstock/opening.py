@@ -46,6 +46,10 @@ KEEPALIVE: Final = {
 #: borrower who caused it, so that a slow server can be reached by impatient borrowers.
 CONNECT_SECONDS: Final = 10.0
 
+#: The same for one that is tried beside others that are not answered (`Slot.brief`): one of those has the
+#: whole time, so that a server that takes longer than this is reached all the same.
+BRIEF_SECONDS: Final = 3.0
+
 #: How long the attempt that diagnoses may take. A server that refuses does so in milliseconds.
 DIAGNOSE_SECONDS: Final = 2.0
 

@@ -20,7 +20,7 @@ from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, 
 from penstock._machine.slot import Reason, Slot, SlotRef
 from penstock.clock import clock
 from penstock.errors import PenstockError
-from penstock.opening import CONNECT_SECONDS, Failure, SameAgain
+from penstock.opening import BRIEF_SECONDS, CONNECT_SECONDS, Failure, SameAgain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,7 +129,8 @@ class Upkeep:
         slot = place.pop()
         prepare_drivers()
         try:
-            link = self._opener.open(CONNECT_SECONDS, if_changed=if_changed)
+            seconds = min(BRIEF_SECONDS, CONNECT_SECONDS) if slot.brief else CONNECT_SECONDS
+            link = self._opener.open(seconds, if_changed=if_changed)
             _watch(link, slot.ref)
         except SameAgain:
             self._unchanged(slot)

@@ -107,6 +107,10 @@ class FaultProxy(WireProxy):
         """Accept new connections and never answer; no server hears of them."""
         self._do(self._set(lambda: setattr(self, "_mute", True)))
 
+    def answer_new(self) -> None:
+        """Pass new connections on again; those that `say_nothing` took stay unanswered."""
+        self._do(self._set(lambda: setattr(self, "_mute", False)))
+
     def slow_connect(self, seconds: float) -> None:
         """Answer the first words of each new connection so much later; 0 ends it."""
         self._do(self._set(lambda: setattr(self, "_slow", seconds)))

@@ -98,8 +98,9 @@ def test_a_tick_that_was_lost_to_an_interrupt_is_ordered_again():
     machine.open(0.0)
     held = open_one(machine, 0.0)  # its TickAt is lost here
     waiter = Waiter(2, list)
-    order = only(machine.queue_up(waiter, 500.0), Open)
-    assert ticks(machine.opened(order.slot, object(), 500.0))
+    orders = machine.queue_up(waiter, 500.0)
+    order = only(orders, Open)
+    assert ticks(orders + machine.opened(order.slot, object(), 500.0))
     del held
 
 
@@ -172,7 +173,7 @@ def test_a_connection_put_back_in_the_very_moment_of_close_does_not_stay():
     machine.open(0.0)
     slot, _ = open_one(machine, 0.0)
     # put() has compared the epochs; before its next opcode another thread closes the pool.
-    due = min(ticks(machine.close(1.0)))
+    due = min(ticks(machine.close(1.5)))
     slot.state = SlotState.IDLE
     machine.idle.append(slot)
     assert only(machine.tick(due), Close).reason is Reason.POOL_CLOSED

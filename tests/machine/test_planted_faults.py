@@ -285,7 +285,6 @@ EASY = [
     "the counters of a closed slot are not folded into the pool's",
     "newcomers are served first",
     "a waiter is served and not woken",
-    "an outage wakes the keeper though nobody wants a connection",
 ]
 
 

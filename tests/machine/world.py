@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from penstock._drivers.protocol import Recipe
 from penstock._machine.machine import DONE, LOOK_AGAIN, Machine, Phase, Refusal, Verdict, Waiter
 from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TickAt
-from penstock._machine.pace import AFTER, WAVE_EVERY
+from penstock._machine.pace import AFTER, FIRST_WAVE, WAVE_EVERY
+from penstock._machine.silence import PROBES, RESERVE, patience
 from penstock._machine.slot import Reason, Slot, SlotRef, SlotState
 from penstock.testing import FakeClock, FakeDriver, FakeError, FakeLink, FakeServer, Mode
 
@@ -433,7 +434,8 @@ class World:
             elif isinstance(order, ReportOutage):
                 assert order.seconds >= self.machine.reconnect_timeout
         if opens and self.machine.outage is not None:
-            assert len(self.machine.opening) == 1, "more than one probe in an outage"
+            assert len(self._awake()) == 1, "more than one probe in an outage"
+            assert self._brief() <= PROBES, "too many probes that are not answered"
         self._check_gifts()
 
     def _check_gifts(self) -> None:
@@ -556,14 +558,49 @@ class World:
         assert machine.phase is Phase.OPEN, "somebody waits for a closed pool"
         assert not machine.idle, "somebody waits beside an idle connection"
         assert not machine.aside, "somebody waits beside an idle connection"
-        if len(machine.refs) >= machine.limits.max_size or len(machine.opening) >= waiting:
+        if len(machine.refs) >= machine.limits.max_size:
             return
-        if machine.outage is None:
+        awake = self._awake()
+        if min(awake, default=self.now) > self.now:
+            assert self.alarms, "nobody will try beside a connect that is not answered"
+            assert min(self.alarms) <= min(awake), "nor in time"
+        unserved = machine.pace.served is None
+        kept = unserved and len(awake) >= max(FIRST_WAVE, machine.limits.max_size - RESERVE)
+        if len(awake) >= waiting or kept or self._brief() >= PROBES:
+            return
+        if awake and self._nothing_was_answered():
+            return  # one at a time, beside those that are not answered
+        if machine.outage is not None:
+            if not awake:
+                due = max(machine.outage.next_for_waiters, self.now)
+                assert self.alarms, "nobody will try again"
+                assert min(self.alarms) <= due, "nobody will try again in time"
+        elif self._nothing_was_answered():
+            assert self.alarms, "nobody will try beside those that are not answered"
+            assert min(self.alarms) <= self.now, "nor in time"
+        else:
             self._check_that_it_is_held_back()
-        elif not machine.opening:
-            due = max(machine.outage.next_for_waiters, self.now)
-            assert self.alarms, "nobody will try again"
-            assert min(self.alarms) <= due, "nobody will try again in time"
+
+    def _awake(self) -> list[float]:
+        """When each of the connects will be left to itself that may still be answered soon; now: it was lost."""
+        wait = patience(self.machine.tally.usual_opening())
+        slots = [ref() for ref in self.machine.opening.values()]
+        until = [self.now if slot is None else slot.opened_at + wait for slot in slots]
+        return [
+            when for slot, when in zip(slots, until, strict=True) if not slot or self.now < when
+        ]
+
+    def _nothing_was_answered(self) -> bool:
+        """Since the youngest of the connects began that are left to themselves."""
+        slots = [slot for ref in self.machine.opening.values() if (slot := ref()) is not None]
+        wait = patience(self.machine.tally.usual_opening())
+        silent = [slot.opened_at for slot in slots if self.now >= slot.opened_at + wait]
+        return bool(silent) and max(silent) >= self.machine.answered_at
+
+    def _brief(self) -> int:
+        """How many were begun beside others that were not answered."""
+        slots = [ref() for ref in self.machine.opening.values()]
+        return sum(slot is not None and slot.brief for slot in slots)
 
     def _check_that_it_is_held_back(self) -> None:
         """Somebody waits and there is room for one more: for one connect's time at most, from the first on."""

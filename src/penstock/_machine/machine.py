@@ -48,7 +48,9 @@ Interrupts. A KeyboardInterrupt can strike after any call of a C function, also 
 
 Outages. While the server cannot be reached there is an `Outage`. Then one probing connect runs per
 pool, not one per waiter, spaced by `policy.retry_delay`. A failure that cannot heal (wrong password)
-refuses everybody who waits, at once.
+refuses everybody who waits, at once. A connect that is not answered holds nobody up for longer than
+`silence.patience`: while somebody waits another one is tried beside it, outage or not, with little time
+(`Slot.brief`), a few at most. What such a one says after others were answered is no news.
 """
 
 from __future__ import annotations
@@ -61,10 +63,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .orders import Close, Open, Order, Overdue, ReportOutage, TickAt
 from .outage import Outage
-from .pace import Pace
+from .pace import FIRST_WAVE, Pace
 from .policy import Limits, retire_at
 from .schedule import CONNECTED, due_times
-from .silence import silent_since
+from .silence import PROBES, RESERVE, Silence, patience, silent_since
 from .slot import Move, Reason, Slot, SlotRef, SlotState, refer_to
 from .tally import Stats, Tally, snapshot
 from .waiter import Refusal, Waiter
@@ -122,6 +124,7 @@ class Machine:
 
     __slots__ = (
         "_pop",
+        "answered_at",
         "armed",
         "aside",
         "epoch",
@@ -173,6 +176,7 @@ class Machine:
         self.opening: dict[int, SlotRef] = {}
         self.waiters: OrderedDict[int, weakref.ref[Waiter]] = OrderedDict()
         self.outage: Outage | None = None
+        self.answered_at = -NEVER  # when a connection was opened last
         self.pace = Pace()
         self.armed = float("inf")
         self.tally = Tally()
@@ -330,6 +334,7 @@ class Machine:
         slot.move(Move.OPENED)
         if slot.generation == self.generation:
             self.outage = None
+            self.answered_at = now
             self.pace.opened(now)
             slot.vouch(self.epoch)
         self._settle(slot, now, orders)
@@ -358,6 +363,8 @@ class Machine:
         if not current or self.phase is not Phase.OPEN:
             return self.look_again(now)  # it says nothing of the server as it is now
         self.tally.open_failures += 1
+        if slot.opened_at < self.answered_at and now >= self._silent_from(slot):
+            return self.look_again(now)  # left to itself, and others were answered since
         outage = self.outage or Outage(now)
         outage.note(
             error,
@@ -669,6 +676,7 @@ class Machine:
         while self._should_open(now, orders):
             serial = self.serials = self.serials + 1
             slot = Slot(generation=self.generation, epoch=self.epoch, now=now)
+            slot.brief = self._is_brief(now)
             ref = refer_to(slot, serial, self.orphans, self.home)
             self.refs[ref.serial] = ref
             self.opening[ref.serial] = ref
@@ -678,11 +686,15 @@ class Machine:
 
     def _look_later(self, now: float, orders: list[Order]) -> None:
         """If fewer are being opened than could be, look again when that may be too few."""
-        waiting, opening = len(self.waiters), len(self.opening)
-        if opening < waiting and self.outage is None and self._may_open():
-            due = self.pace.look_at(now, waiting, opening, self.tally.usual_opening())
-            if due < NEVER:
-                self._arm_for(due, now, orders)
+        if not self.waiters or not self._may_open():
+            return
+        due = self._next_silent(now)
+        waiting, opening = min(len(self.waiters), self._most_at_once()), self._under_way(now)
+        if opening < waiting and self.outage is None and not self._general_silence(now):
+            usual = self.tally.usual_opening()
+            due = min(due, self.pace.look_at(now, waiting, opening, usual))
+        if due < NEVER:
+            self._arm_for(due, now, orders)
 
     def _should_open(self, now: float, orders: list[Order]) -> bool:
         if not self._may_grow(now):
@@ -690,7 +702,7 @@ class Machine:
         outage = self.outage
         if outage is None:
             return True
-        if self.opening:
+        if self._under_way(now):
             return False  # one probe at a time
         due = outage.due(waited_for=bool(self.waiters))
         if now >= due:
@@ -705,20 +717,68 @@ class Machine:
         """Whether one more connection is wanted, and allowed."""
         if not self._may_open():
             return False
-        if len(self.opening) < self._wanted(now):
+        silence = self._general_silence(now)
+        if silence is not None:
+            return bool(self.waiters) and not silence.under_way and silence.brief < PROBES
+        opening = self._under_way(now)
+        if opening < self._wanted(now, opening):
             return True
         # Nobody waits. Before the first connection of all, open one and see: a wrong password is
         # then one failed login, not min_size of them.
         unproven = self.opening and not self.tally.opened
         return len(self.refs) < self.limits.min_size and not unproven
 
-    def _wanted(self, now: float) -> int:
-        """How many openings should be under way for those who wait."""
-        waiting, opening = len(self.waiters), len(self.opening)
+    def _wanted(self, now: float, opening: int) -> int:
+        """How many openings should be under way for those who wait, where `opening` are."""
+        waiting = len(self.waiters)
         # With no slot but those, nothing can come back; in an outage there is one probe at a time.
         if opening < waiting and self.outage is None and len(self.refs) > 0:
-            return self.pace.wanted(now, waiting, self.tally.usual_opening())
+            usual = self.tally.usual_opening()
+            return min(self.pace.wanted(now, waiting, usual), self._most_at_once())
         return waiting
+
+    def _most_at_once(self) -> int:
+        """Before anybody was served some rights are kept: if none is answered, there is one to try with."""
+        most = self.limits.max_size
+        return most if self.pace.served is not None else max(FIRST_WAVE, most - RESERVE)
+
+    # -- connects that are not answered -----------------------------------------------------------
+
+    def _silent_from(self, slot: Slot) -> float:
+        """When a connect that is under way is left to itself."""
+        return slot.opened_at + patience(self.tally.usual_opening())
+
+    def _silence(self, now: float) -> Silence | None:
+        """What the connects under way say of the server, once the oldest is not answered for long."""
+        oldest = next(iter(self.opening.values()), None)
+        if oldest is None:
+            return None
+        slot = oldest()
+        if slot is not None and now < self._silent_from(slot):
+            return None  # the others are younger
+        return Silence(list(self.opening.values()), now, self.tally.usual_opening())
+
+    def _general_silence(self, now: float) -> Silence | None:
+        """The same if nothing was answered since: then one more is tried at a time."""
+        silence = self._silence(now)
+        general = silence is not None and silence.is_general(self.answered_at)
+        return silence if general else None
+
+    def _under_way(self, now: float) -> int:
+        """How many openings may still be answered soon."""
+        silence = self._silence(now)
+        return len(self.opening) if silence is None else silence.under_way
+
+    def _is_brief(self, now: float) -> bool:
+        """Whether what is opened now is tried beside one that has the whole time and is not answered."""
+        silence = self._general_silence(now)
+        return silence is not None and silence.patient
+
+    def _next_silent(self, now: float) -> float:
+        """When the next of the connects under way is left to itself; infinite: none will be."""
+        slots = [slot for ref in list(self.opening.values()) if (slot := ref()) is not None]
+        times = map(self._silent_from, slots)
+        return next((when for when in times if when > now), NEVER)
 
     def _report_outage(self, now: float, orders: list[Order]) -> None:
         outage = self.outage
@@ -857,7 +917,7 @@ class Machine:
         shrinkable = self._connected() > self.limits.min_size
         due = min(due_times(self.slots(), self.limits, now, shrinkable=shrinkable), default=NEVER)
         outage = self.outage
-        if outage is not None and not self.opening and self._may_grow(now):
+        if outage is not None and not self._under_way(now) and self._may_grow(now):
             return min(due, outage.due(waited_for=bool(self.waiters)))
         return due
 

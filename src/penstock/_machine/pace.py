@@ -30,7 +30,7 @@ from typing import Final
 FIRST_WAVE: Final = 4
 #: And as many again so often, in seconds: about what four local handshakes take.
 WAVE_EVERY: Final = 0.0125
-#: At most so many; the keeper's bound for all pools of a process is the same.
+#: At most so many; the keeper's bound for all pools of a process is as high, and has room for a few probes.
 AT_ONCE: Final = 16
 #: The share of a connect's time for which what was heard, or not, says nothing: when 200 threads wake up,
 #: the first return takes 10 ms, and the next thirty as long together.

@@ -1,8 +1,9 @@
-"""Does the server say nothing? Told from what is under way, when a borrower's time is up.
+"""Does the server say nothing? Told from what is under way.
 
-One job: since when the server owes an answer, where that is the reason why nobody could be served. A host that
-is frozen breaks nothing and refuses nothing, so there is no failed attempt to report: there are connects and
-pings that do not end.
+One job: since when the server owes an answer, where that is the reason why nobody could be served, and which
+connects have had none for so long that they must not keep the pool from asking again. A host that is frozen
+breaks nothing and refuses nothing, so there is no failed attempt to report: there are connects and pings that
+do not end.
 
 It must not know: the queue, orders, how a ping is made. Pure functions of slots and times.
 """
@@ -16,13 +17,64 @@ from .slot import SlotState
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from .slot import Slot
+    from .slot import Slot, SlotRef
 
 #: Seconds that a server may take for an answer before it is called silent: a login with TLS and SCRAM over a
 #: long line takes half of it.
 SILENCE: Final = 0.5
 #: And so many times what a connect usually takes, so that a server that is always slow is no silent one.
 TIMES_USUAL: Final = 4.0
+
+#: Seconds after which a connect that was not answered is left to itself, and another is tried: a server that
+#: answers new ones again is found a second later, and one that does not has one connect a second from us.
+PATIENCE: Final = 1.0
+#: The same for a server that is slow as a rule (TIMES_USUAL), at most: one late answer makes a long mean.
+LONGEST_PATIENCE: Final = 3.0
+#: At most so many are tried beside silent ones at a time.
+PROBES: Final = 4
+#: So many of the pool's rights are kept for them while its first connects are not answered.
+RESERVE: Final = 3
+
+
+def patience(usual: float) -> float:
+    """Seconds that a connect may take before it is left to itself; `usual`: see `silent_since`."""
+    return min(max(PATIENCE, TIMES_USUAL * usual), LONGEST_PATIENCE)
+
+
+class Silence:
+    """What the connects under way say of the server.
+
+    Attributes:
+        under_way: how many may still be answered soon.
+        since: when the youngest of the others began; None: there is none.
+        brief: how many have a short time, since they were begun beside silent ones.
+        patient: whether one has the whole time that a connect may take.
+    """
+
+    __slots__ = ("brief", "patient", "since", "under_way")
+
+    def __init__(self, opening: Iterable[SlotRef], now: float, usual: float) -> None:
+        self.under_way = self.brief = 0
+        self.since: float | None = None
+        self.patient = False
+        wait = patience(usual)
+        for ref in opening:
+            self._look_at(ref(), now, wait)
+
+    def _look_at(self, slot: Slot | None, now: float, wait: float) -> None:
+        if slot is None:  # lost to an interrupt, and on its way home
+            self.under_way += 1
+            return
+        self.brief += slot.brief
+        self.patient = self.patient or not slot.brief
+        if now < slot.opened_at + wait:
+            self.under_way += 1
+        elif self.since is None or slot.opened_at > self.since:
+            self.since = slot.opened_at
+
+    def is_general(self, answered_at: float) -> bool:
+        """Whether nothing was answered since: one connect that is lost beside others that succeed is no silence."""
+        return self.since is not None and self.since >= answered_at
 
 
 def silent_since(

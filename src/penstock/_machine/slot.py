@@ -108,6 +108,7 @@ class Slot:
         loose: lent by getconn(): whoever took it need not be who gives it back.
         told: its being overdue has been reported.
         reset_pending: a session reset was sent and its answer not read yet.
+        brief: it is being opened beside others that are not answered: with little time.
         ref: the pool's weak reference to this slot; None once the pool has let go of it.
     """
 
@@ -115,6 +116,7 @@ class Slot:
         "__weakref__",
         "asked_at",
         "borrowed_at",
+        "brief",
         "condemned",
         "epoch",
         "generation",
@@ -143,6 +145,7 @@ class Slot:
         self.loose = False
         self.told = False
         self.reset_pending = False
+        self.brief = False
         self.ref: SlotRef | None = None
 
     def move(self, move: Move) -> None:
