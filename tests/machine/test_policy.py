@@ -38,12 +38,12 @@ def delays(count, *, waited_for, chance=0.5):
 
 @pytest.mark.parametrize("waited_for", [True, False])
 def test_the_first_attempts_come_fast_whoever_waits(waited_for):
-    first = delays(11, waited_for=waited_for)
-    assert first == [*FIRST_DELAYS, *[0.2] * 9]
-    assert 1.9 < sum(first) < 2.1
+    first = delays(5, waited_for=waited_for)
+    assert first == [*FIRST_DELAYS, *[0.2] * 3]
+    assert 0.7 < sum(first) < 0.8
 
 
-@pytest.mark.parametrize(("chance", "expected"), [(0.0, 0.40), (0.5, 0.425), (1.0, 0.45)])
+@pytest.mark.parametrize(("chance", "expected"), [(0.0, 0.45), (0.5, 0.465), (1.0, 0.48)])
 def test_while_somebody_waits_the_delay_stays_short_with_jitter(chance, expected):
     assert delays(200, waited_for=True, chance=chance)[12:] == pytest.approx([expected] * 188)
 
@@ -115,7 +115,7 @@ def test_an_outage_of_20_s_costs_the_server_three_connects_a_second_however_many
 ):
     outage = Outage(1e9, waiters=waiters, seed=seed)
     outage.run(20.0)
-    assert 40 <= len(outage.connects) <= 3 * 20 - 5, "room for those that diagnose"
+    assert 40 <= len(outage.connects) <= 2.8 * 20 - 5, "room for those that diagnose"
 
 
 @pytest.mark.parametrize("back", [0.01, 0.3, 1.0, 2.5, 17.0, 60.0, 600.0, 3600.0])
