@@ -81,6 +81,29 @@ def test_handlers_that_configure_added_hear_what_comes_to_the_new_object(make_po
     del old
 
 
+class Heeding(psycopg.Connection):
+    """Its handler is a method of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.heard = []
+        self.add_notice_handler(self.hear)
+
+    def hear(self, notice):
+        self.heard.append((notice.message_primary, self.info.backend_pid))
+
+
+def test_a_handler_that_is_a_method_of_the_connection_is_the_new_ones(make_pool):
+    pool = make_pool(connection_class=Heeding)
+    for number in range(1, 4):
+        with pool.connection() as conn:
+            conn.add_notify_handler(print)  # a change of handlers: the return sets them back
+            conn.execute("do $$ begin raise notice 'boo'; end $$")
+            assert conn.heard == [("boo", pid(conn))] * number
+    with pool.connection() as conn:
+        conn.remove_notice_handler(conn.hear)
+
+
 def test_what_is_registered_on_the_old_ones_adapters_does_not_reach_the_new_one(make_pool):
     pool = make_pool()
     with pool.connection() as old:

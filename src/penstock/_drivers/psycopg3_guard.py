@@ -23,6 +23,7 @@ from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 from psycopg.types import TypesRegistry
 
 from penstock._drivers.misuse import GIVEN_BACK, INHERITED_SESSION, misuse_error
+from penstock._drivers.renewal import followed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -311,6 +312,11 @@ class Settings:
         if (before := getattr(attributes["_adapters"], "before", None)) is not None:
             attributes["_adapters"] = WatchedAdapters(before, conn)
         attributes[_NOTE].clear()
+
+    def follow(self, old: AnyConnection, new: AnyConnection) -> None:
+        """The connection goes on as another object: handlers that are methods of it, too."""
+        self._notice = tuple(followed(each, old, new) for each in self._notice)
+        self._notify = tuple(followed(each, old, new) for each in self._notify)
 
 
 def is_inside_block(conn: Connection[Any] | AsyncConnection[Any], touched: set[str]) -> bool:

@@ -131,7 +131,9 @@ class PgconnLink:
         For a parked link that is clean. 15 ns where nobody has it.
         """
         if getrefcount(self.conn) > ALONE:
-            self.conn = renewed(self.conn, self.handle)
+            old = self.conn
+            self.conn = renewed(old, self.handle)
+            self._settings.follow(old, self.conn)
             self.attributes = vars(self.conn)
         return True
 

@@ -16,7 +16,7 @@ from weakref import ref
 import psycopg
 
 from penstock._drivers.psycopg3_guard import DEAD, WatchedAdapters, forget_notes
-from penstock._drivers.renewal import successor
+from penstock._drivers.renewal import followed, successor
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn
@@ -31,17 +31,21 @@ def renewed(old: C, handle: PGconn) -> C:
     cache of prepared statements. Both are parked: the new one is to be lent next.
     """
     new: C = successor(old)
-    _rewire(new, handle)
+    _rewire(new, old, handle)
     _bereave(old)
     return new
 
 
-def _rewire(new: psycopg.BaseConnection[Any], handle: PGconn) -> None:
+def _rewire(
+    new: psycopg.BaseConnection[Any], old: psycopg.BaseConnection[Any], handle: PGconn
+) -> None:
     """Have what refers to the connection refer to the new object."""
     attributes = vars(new)
     if (adapters := attributes["_adapters"]) is not None:
         # A copy: whoever holds the old one's map must not register for the new one.
         attributes["_adapters"] = WatchedAdapters(adapters, new)
+    for name in ("_notice_handlers", "_notify_handlers"):
+        attributes[name] = [followed(each, old, new) for each in attributes[name]]
     me = ref(new)
     handle.notice_handler = partial(psycopg.BaseConnection._notice_handler, me)
     handle.notify_handler = partial(psycopg.BaseConnection._notify_handler, me)

@@ -10,6 +10,7 @@ pools. No lock: the connection is nobody's at that moment.
 from __future__ import annotations
 
 from sys import getrefcount
+from types import MethodType
 from typing import Any, Final
 
 
@@ -28,6 +29,13 @@ def _references_of_one() -> int:
 #: What `getrefcount(link.conn)` says when the link has the only reference. Counted and not written
 #: down: it is another number where arguments are borrowed (CPython 3.14).
 ALONE: Final = _references_of_one()
+
+
+def followed(value: Any, old: Any, new: Any) -> Any:
+    """What to keep of a program's callable: a method of the old object becomes the new one's."""
+    if isinstance(value, MethodType) and value.__self__ is old:
+        return MethodType(value.__func__, new)
+    return value
 
 
 def successor(old: Any) -> Any:
