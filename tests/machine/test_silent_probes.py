@@ -32,6 +32,7 @@ class Mute:
             Limits(**{"min_size": 0, **limits}), orphans=self.orphans.append, random=lambda: 0.5
         )
         self.heals, self.falls, self.takes, self.long = heals, falls, takes, long
+        self.brief = BRIEF
         self.now = 0.0
         self.number = 0
         self.events: list = []
@@ -60,10 +61,10 @@ class Mute:
         self.begun.append(self.now)
         if self.now < self.falls:
             self.at(self.now + 0.001, self.ends, slot, "refused", False)
-        elif self.now < self.heals:
+        elif self.now < self.heals or (slot.brief and self.takes > self.brief):
             self.silent += 1
             self.most_silent = max(self.most_silent, self.silent)
-            seconds = min(BRIEF, self.long) if slot.brief else self.long
+            seconds = self.brief if slot.brief else self.long
             self.at(self.now + seconds, self.ends, slot, "timed out", True)
         else:
             self.at(self.now + self.takes, self.ends, slot, None, False)
@@ -158,6 +159,7 @@ def test_a_silent_server_is_asked_once_a_second_and_few_times_at_once(borrowers)
 
 def test_probes_that_end_late_are_few_all_the_same():
     mute = Mute(1e9, falls=0.1, max_size=100, long=1e6)  # the user's own connect_timeout
+    mute.brief = 1e6
     mute.come(50)
     mute.run(1000.0)
     assert mute.most_silent <= 4 + PROBES
@@ -165,8 +167,17 @@ def test_probes_that_end_late_are_few_all_the_same():
 
 def test_nobody_waiting_is_no_reason_to_ask_beside_a_silent_connect():
     mute = Mute(1e9, min_size=3, max_size=8)
+    mute.run(2.0)
+    mute.tick()
     mute.run(9.0)
     assert len(mute.begun) == 1
+
+
+def test_a_server_that_takes_longer_than_a_brief_try_is_reached_all_the_same():
+    mute = Mute(12.0, takes=5.0, max_size=8)
+    mute.come()
+    mute.run(30.0)
+    assert len(mute.served) == 1
 
 
 def test_a_connect_that_times_out_after_another_succeeded_is_no_outage():
@@ -202,12 +213,12 @@ def test_a_connect_that_is_answered_late_is_one_more_connection():
 
 
 def test_one_straggler_beside_a_server_that_answers_holds_nobody_back():
-    mute = Mute(0.5, max_size=20)
+    mute = Mute(0.5, takes=0.2, max_size=20)
     mute.come()
     mute.run(2.0)
     assert len(mute.served) == 1
     begun = len(mute.begun)
     mute.come(8)
-    mute.run(2.1)
-    assert len(mute.served) == 9
+    mute.run(2.5)
+    assert len(mute.served) == 9, "at once, not one after the other"
     assert len(mute.begun) - begun <= 8
