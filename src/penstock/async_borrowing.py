@@ -361,6 +361,8 @@ class AsyncBorrowing(AsyncUpkeep):
             place.clear()
             return
         failure: Exception | None = None
+        if _is_a_signals(error):
+            place[0].condemn(Reason.UNCLEAN)
         try:
             if error is None:
                 failure = await self._commit(place[0])
@@ -558,6 +560,14 @@ def _may_wait(error: BaseException | None) -> bool:
     And a coroutine that is being closed (GeneratorExit) must not await at all.
     """
     return error is None or isinstance(error, Exception)
+
+
+def _is_a_signals(error: BaseException | None) -> bool:
+    """Whether this may have struck anywhere in a driver: its connection's lock may be held for ever.
+
+    A cancellation comes where something is awaited, and a driver counts on that.
+    """
+    return not isinstance(error, (Exception, asyncio.CancelledError, GeneratorExit, type(None)))
 
 
 def _pause(refused: int, seconds: float) -> float:

@@ -11,6 +11,7 @@ makes asyncio forget what it was about to call.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import signal
 
@@ -22,7 +23,7 @@ from penstock.testing import AsyncFakeDriver, FakeServer, Mode
 from tests.contract.interrupting import SOURCES, NoTripwire, Tripwire, unmonitor
 
 #: At so many instructions of some 15,000; with another number, other ones.
-STRIKES = 60
+STRIKES = 40
 BORROWERS = 3
 #: Whoever waits so long, in seconds, was forgotten.
 PATIENCE = 5.0
@@ -136,6 +137,7 @@ def play(wire, k):
 # A coroutine that was made and whose task was not, or the other way round, is Python's to tell.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_whatever_of_the_pools_own_is_struck_out_of_the_loop_nobody_is_forgotten(
     tripwire, monkeypatch, rng
 ):
@@ -146,4 +148,21 @@ def test_whatever_of_the_pools_own_is_struck_out_of_the_loop_nobody_is_forgotten
     for k in sorted(rng.sample(range(1, count + 1), STRIKES)):
         where, _ = play(tripwire, k)
         places.add(where)
+    gc.collect()  # what was struck is told of here, and not in the next test
     assert len(places) > STRIKES // 10, places
+
+
+def test_a_connection_whose_lock_a_signals_exception_left_held_is_not_lent_again(server):
+    async def scenario():
+        async with AsyncConnectionPool(server.conninfo(over="unix"), max_size=1) as pool:
+            with contextlib.suppress(KeyboardInterrupt):
+                async with pool.connection() as conn:
+                    await (
+                        conn.lock.acquire()
+                    )  # as psycopg's `async with` does, before it is struck at its end
+                    raise KeyboardInterrupt
+            async with asyncio.timeout(PATIENCE):
+                assert (await pool.execute("select 1")).fetchone() == (1,)
+            assert pool.stats().closed == {"unclean": 1}
+
+    asyncio.run(scenario())
