@@ -275,8 +275,11 @@ class AsyncUpkeep:
         brief = place[0].brief
         seconds = min(BRIEF_SECONDS, CONNECT_SECONDS) if brief else CONNECT_SECONDS
         try:
-            async with self._connecting:
+            await self._connecting.acquire()
+            try:  # no `async with`: its end is a coroutine, which an interrupt can keep from beginning
                 link = await self._opener.open(seconds, if_changed=if_changed)
+            finally:
+                self._connecting.release()
             self._watch(link, place[0].ref)
         except SameAgain:
             self._carry_out(self._machine.unchanged(place.pop(), clock()))
