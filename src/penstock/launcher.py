@@ -730,7 +730,7 @@ class Server:
             return
         channel = self._open_channel()
         self.resume()  # a paused server hears nothing
-        with contextlib.suppress(ProcessLookupError):  # it is ending already, after an earlier "smart"
+        with contextlib.suppress(ProcessLookupError):  # an earlier "smart" is ending it already
             os.kill(pid, STOP_SIGNALS[mode])
         if channel.wait_ended(pid, timeout) is None:
             raise LauncherError(

@@ -163,6 +163,7 @@ def bounded(conn: connection, call: Callable[..., Any], *arguments: Any, **named
 
 
 def _in_turn(conn: connection, clock: Clock, call: Callable[[], Any]) -> Any:
+    answer = None
     outer = clock.depth
     try:
         clock.depth = outer + 1
@@ -323,7 +324,7 @@ class File:
         self._clock = clock
 
     # psycopg2 asks whether it is a file of text.
-    __class__ = property(lambda self: type(self._file))
+    __class__ = property(lambda self: type(self._file))  # pyright: ignore[reportIncompatibleMethodOverride]  that is its use
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._file, name)

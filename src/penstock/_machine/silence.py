@@ -91,7 +91,8 @@ def silent_since(
         now: the time.
         usual: seconds that opening a connection usually takes; 0.0: none was opened yet.
     """
-    lent, asked = 0, []
+    lent = 0
+    asked: list[float] = []
     for slot in slots:
         if slot.state is SlotState.IDLE:
             return None
@@ -103,5 +104,7 @@ def silent_since(
             asked.append(slot.asked_at)
     if lent and lent >= len(asked):
         return None
-    since = min([*asked, *([] if unanswered is None else [unanswered])], default=now)
+    if unanswered is not None:
+        asked.append(unanswered)
+    since = min(asked, default=now)
     return since if now - since >= max(SILENCE, TIMES_USUAL * usual) else None
