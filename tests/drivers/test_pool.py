@@ -479,7 +479,7 @@ def test_a_deaf_port_takes_no_more_than_the_borrowers_time(pool_of):
         took(lambda: pool.execute("select 1", timeout=0.5))
         took(lambda: pool.open(wait=True, timeout=0.5))
         took(lambda: pool.dedicated(timeout=0.5).__enter__())
-        assert pool.stats().opening == 1
+        assert pool.stats().opening <= 2, "one, and a second beside it once it was silent for 1 s"
 
 
 def test_a_slow_name_look_up_takes_no_more_than_the_borrowers_time(pool_of, monkeypatch):

@@ -13,6 +13,7 @@ if sys.argv[1].startswith("gevent"):
 
 
 import ctypes
+import importlib
 import json
 import logging
 import signal
@@ -30,12 +31,18 @@ def end_with_parent():
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def import_diagnosing_driver():
+    """With psycopg2 a refused connect is diagnosed by psycopg 3: imported late, it would look like a leak."""
+    importlib.import_module("psycopg")
+
+
 def tell(**said):
     print(json.dumps(said), flush=True)
 
 
 def main():
     end_with_parent()
+    import_diagnosing_driver()
     logging.getLogger("penstock").addHandler(logging.NullHandler())
     name, seed, seconds, first, *only = sys.argv[1:]
     stage = Stage(name, seed=seed)

@@ -39,7 +39,6 @@ def test_without_debug_mode_or_against_the_apps_own_word_it_does_not(notes):
 
 
 def test_psycopg2_is_guarded_only_if_the_app_says_so_because_it_costs_sessions(notes):
-    pytest.importorskip("psycopg2", reason="on the old Flask there is psycopg 3 alone")
     assert misused(notes, debug=True, driver="psycopg2") == 1
     with pytest.raises(MisuseError):
         misused(notes, debug=False, driver="psycopg2", guard=True)

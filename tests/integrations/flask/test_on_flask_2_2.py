@@ -14,7 +14,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-WANTED = ["flask[async]==2.2.*", "werkzeug==2.2.*", "psycopg[binary]", "pytest"]
+WANTED = ["flask[async]==2.2.*", "werkzeug==2.2.*", "psycopg[binary]", "psycopg2-binary", "pytest"]
 #: What pip says where there is no index, or none that has these.
 NO_INDEX = re.compile("No matching distribution|Could not find a version|connection broken|Errno")
 
