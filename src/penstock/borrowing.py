@@ -7,7 +7,9 @@ It must not know: how connections are opened and closed (`upkeep.py`), when to g
 back or runs the user's code.
 
 Interrupts: whoever holds a slot in a local variable drops it when an exception passes; the slot then
-comes home by itself (`slot.py`). A waiter's guard gives an untouched slot to the next in line.
+comes home by itself (`slot.py`). He drops it when he returns, too: a frame may be kept by an error
+that was caught below it, in the user's code, a driver's or a signal handler's. A waiter's guard gives
+an untouched slot to the next in line.
 """
 
 from __future__ import annotations
@@ -133,12 +135,13 @@ class Borrowing(Upkeep):
             _sleep_at(gate, left)
         slot = waiter.slot
         waiter.slot = None
-        if slot is not None:
-            return slot
-        if waiter.refusal is None:
+        if slot is None and waiter.refusal is None:
             slot = self._time_out(waiter)
+        try:
             if slot is not None:
                 return slot
+        finally:
+            del slot
         raise self._reporter.error(
             waiter.refusal,
             seconds,
@@ -172,9 +175,8 @@ class Borrowing(Upkeep):
         """
         try:
             return self._accept_once(slot, waiter, left) or self._accept_again(slot, waiter, left)
-        except BaseException:
+        finally:
             del slot
-            raise
 
     def _accept_again(self, slot: Slot, waiter: Waiter, left: float) -> bool:
         while slot.state is SlotState.PINGING:  # it fell into doubt during its ping
@@ -193,9 +195,8 @@ class Borrowing(Upkeep):
             if slot.epoch != self._machine.epoch:
                 self._reconsider(slot, waiter)
             return slot.state is SlotState.IN_USE
-        except BaseException:
+        finally:
             del slot
-            raise
 
     def _reconsider(self, slot: Slot, waiter: Waiter) -> None:
         with self._lock:
@@ -267,7 +268,10 @@ class Borrowing(Upkeep):
             except PenstockError as error:
                 explain_by(error, refusal, seconds)
                 raise
-        return slot
+        try:
+            return slot
+        finally:
+            del slot
 
     def _check(self, link: Any, deadline: float) -> Exception | None:
         """Lend it, or tell why not: somebody has the object, it hung up, the user's `check` raised."""
@@ -429,8 +433,11 @@ class Borrowing(Upkeep):
         slot = place.pop()
         if not self._machine.has(slot):
             return  # the parent's, and this a forked child
-        clean = slot.link.start_reset()
-        self._return(slot, Verdict.CLEAN if clean else Verdict.UNCLEAN, suspect=suspect)
+        try:
+            clean = slot.link.start_reset()
+            self._return(slot, Verdict.CLEAN if clean else Verdict.UNCLEAN, suspect=suspect)
+        finally:
+            del slot
 
     def _call_reset(self, reset: Callable[[Any], object], link: Any) -> bool:
         link.lend()

@@ -13,7 +13,8 @@ The rules of an interrupt (it can strike after any call of a C function):
 * a guard drops its references and never puts a slot back: no flag can know whether the slot has
   gone back already, the reference count does, and a slot that nobody holds comes home by itself;
 * what is still in a local variable of a frame would be held by a stored traceback, so a guard
-  clears that, too;
+  clears that, too; and a frame that returns clears it where a ping, a wait or the user's code ran
+  below it: an error that was caught there and kept (in a log's record) keeps all frames above it;
 * a guard tells the pool (`_cut_short`): a slot may have been stored with a waiter who was not woken,
   or appended while somebody queued up, and a waiter must not sit out his timeout beside it.
 """
@@ -55,7 +56,7 @@ class Lease(Generic[ConnT]):
             if page[0]:
                 slot = pool._machine.take(clock(), threading.get_ident())
             if slot is None:
-                slot = pool._borrow_slowly()
+                return self._enter_slowly()
             self._slot = slot
             link = slot.link
             link.lend()
@@ -64,6 +65,16 @@ class Lease(Generic[ConnT]):
             slot = self._slot = None
             pool._cut_short()
             raise
+
+    def _enter_slowly(self) -> ConnT:
+        """Wait for a slot, and lend it; here, so that the hot path has nothing to clear."""
+        slot = self._pool._borrow_slowly()
+        try:
+            self._slot = slot
+            slot.link.lend()
+            return slot.link.conn  # type: ignore[no-any-return]  # as above
+        finally:
+            del slot
 
     def __exit__(
         self,
@@ -84,6 +95,7 @@ class Lease(Generic[ConnT]):
                     self._pool._look_again()
                     return
             self._pool._give_back(slot, error)
+            slot = None
         except BaseException:
             slot = None
             self._pool._cut_short()
@@ -125,7 +137,7 @@ class PgconnLease(Lease[ConnT]):
                         machine.aside.append(slot)
                         slot = None
             if slot is None:
-                slot = pool._borrow_slowly()
+                return self._enter_slowly()
             self._slot = slot
             link = slot.link
             link.attributes["pgconn"] = link.handle
@@ -166,6 +178,7 @@ class PgconnLease(Lease[ConnT]):
                         self._pool._look_again()
                     return
             self._pool._give_back(slot, error)
+            slot = None
         except BaseException:
             slot = None
             self._pool._cut_short()
@@ -204,7 +217,7 @@ class ClassLease(Lease[ConnT]):
                         machine.aside.append(slot)
                         slot = None
             if slot is None:
-                slot = pool._borrow_slowly()
+                return self._enter_slowly()
             self._slot = slot
             link = slot.link
             conn = link.conn
@@ -246,6 +259,7 @@ class ClassLease(Lease[ConnT]):
                         self._pool._look_again()
                     return
             self._pool._give_back(slot, error)
+            slot = None
         except BaseException:
             slot = None
             self._pool._cut_short()
@@ -272,9 +286,11 @@ class CarefulLease(Lease[ConnT]):
             self._slot = slot
             return slot.link.conn  # type: ignore[no-any-return]  # as above
         except BaseException:
-            slot = self._slot = None
+            self._slot = None
             pool._cut_short()
             raise
+        finally:
+            slot = None
 
     def __exit__(
         self,
@@ -288,6 +304,7 @@ class CarefulLease(Lease[ConnT]):
             return
         try:
             self._pool._give_back(slot, error)
+            slot = None
         except BaseException:
             slot = None
             self._pool._cut_short()

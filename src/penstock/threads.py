@@ -238,6 +238,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
             slot.loose = True  # any thread may give it back, so its wait proves no deadlock
             conn = slot.link.conn
             self._getconns[id(conn)] = slot
+            slot = None  # what ran below may have kept this frame
             return conn  # type: ignore[no-any-return]  # a slot's link is opaque to the machine
         except BaseException:
             if slot is not None:
@@ -264,6 +265,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
                     self._look_again()
                     return
             self._give_back_unfinished(slot)
+            slot = None  # as above
         except BaseException:
             slot = None
             self._cut_short()
