@@ -136,3 +136,28 @@ def test_a_connection_class_may_ask_the_server_while_it_is_made(make_pool):
         assert conn.answer == (42,)
     with pytest.raises(StatementTimeout):
         pool.execute("select pg_sleep(60)")
+
+
+# -- what comes row by row --------------------------------------------------------------------------
+
+
+def test_a_stream_is_bounded_step_by_step(make_pool):
+    pool = make_pool()
+    with pool.connection() as conn:
+        rows = conn.cursor().stream("select generate_series(1, 3)")
+        for _ in range(3):
+            next(rows)
+            time.sleep(LIMIT * 0.6)  # the program's own time does not count
+        assert list(rows) == []
+    with pytest.raises(StatementTimeout), pool.connection() as conn:
+        for _ in conn.cursor().stream("select pg_sleep(60)"):
+            pass
+    assert pool.execute("select 1").fetchone() == (1,)
+
+
+def test_a_pipeline_is_bounded(make_pool):
+    pool = make_pool()
+    with pytest.raises(StatementTimeout), pool.connection() as conn, conn.pipeline():
+        conn.execute("select 1")
+        conn.execute("select pg_sleep(60)").fetchone()
+    assert pool.execute("select 1").fetchone() == (1,)
