@@ -252,9 +252,10 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
             self._getconns[id(conn)] = slot
             return conn  # type: ignore[no-any-return]  # a slot's link is opaque to the machine
         except BaseException:
-            slot = None
             self._cut_short()
             raise
+        finally:
+            slot = None  # what ran below may have kept this frame
 
     async def putconn(self, conn: ConnT) -> None:
         """Give back what `getconn` lent. A transaction left open is rolled back, with a warning.

@@ -13,6 +13,9 @@ No lock: state moves are plain calls. A cancellation arrives at an await, and on
   to come, so the connection ends and is replaced;
 * while something is given back: a task of the pool's own finishes that, and the borrower leaves at
   once. So does one who is cancelled inside his block: he does not wait for a rollback.
+
+Whoever has awaited, with a slot in a local variable, clears it at his end: an error that was caught
+below, in the user's code or a driver's, and is kept keeps all frames that were awaiting it.
 """
 
 from __future__ import annotations
@@ -146,9 +149,11 @@ class AsyncBorrowing(AsyncUpkeep):
         began = clock()
         while True:
             slot = await self._receive(waiter, gate, seconds, began)
-            if await self._accept(slot, waiter, began + seconds - clock()):
-                return slot
-            del slot
+            try:
+                if await self._accept(slot, waiter, began + seconds - clock()):
+                    return slot
+            finally:
+                del slot
 
     async def _receive(self, waiter: Waiter, gate: Gate, seconds: float, began: float) -> Slot:
         """What was given to the waiter, as soon as something is; raises when nothing is."""
@@ -158,8 +163,11 @@ class AsyncBorrowing(AsyncUpkeep):
                 break
             await gate.wait(left)
         slot, waiter.slot = waiter.slot, None
-        if slot is not None:
-            return slot
+        try:
+            if slot is not None:
+                return slot
+        finally:
+            del slot
         if waiter.refusal is None:
             self._carry_out(self._machine.give_up(waiter, clock(), timed_out=True))
         raise self._reporter.error(
@@ -181,31 +189,43 @@ class AsyncBorrowing(AsyncUpkeep):
         Between being given and being received it may have fallen into doubt: its session ended, the
         pool was drained.
         """
-        while True:
-            if slot.state is SlotState.PINGING and not await self._make_sure(slot, waiter, left):
-                return False
-            if slot.epoch != self._machine.epoch:
-                self._carry_out(self._machine.reconsider(slot, waiter, clock()))
-            if slot.state is not SlotState.PINGING:  # else it fell into doubt during its ping
-                return slot.state is SlotState.IN_USE
+        try:
+            while True:
+                asked = slot.state is SlotState.PINGING
+                if asked and not await self._make_sure(slot, waiter, left):
+                    return False
+                if slot.epoch != self._machine.epoch:
+                    self._carry_out(self._machine.reconsider(slot, waiter, clock()))
+                if slot.state is not SlotState.PINGING:  # else it fell into doubt during its ping
+                    return slot.state is SlotState.IN_USE
+        finally:
+            del slot
 
     async def _make_sure(self, slot: Slot, waiter: Waiter, left: float) -> bool:
-        """Ping a slot that is in doubt, or read the answer to its reset; the borrower's own time."""
+        """Tell the machine whether a slot that is in doubt still answers."""
+        try:
+            alive = await self._answers(slot, left)
+            if alive:
+                self._carry_out(self._machine.pinged(slot, clock()))
+            else:
+                self._carry_out(self._machine.ping_failed(slot, waiter, clock()))
+            return alive
+        finally:
+            del slot
+
+    async def _answers(self, slot: Slot, left: float) -> bool:
+        """Ping a slot, or read the answer to its reset; the borrower's own time."""
         seconds = max(LEAST_PING_SECONDS, min(PING_SECONDS, left * PING_SHARE))
         try:
             if slot.reset_pending:
                 slot.reset_pending = False
-                alive = await slot.link.finish_reset(seconds)
-            else:
-                alive = await slot.link.ping(seconds)
+                return bool(await slot.link.finish_reset(seconds))
+            return bool(await slot.link.ping(seconds))
         except BaseException:
             self._return(slot, Verdict.UNCLEAN)
             raise
-        if alive:
-            self._carry_out(self._machine.pinged(slot, clock()))
-        else:
-            self._carry_out(self._machine.ping_failed(slot, waiter, clock()))
-        return bool(alive)
+        finally:
+            del slot
 
     # -- a borrow with options --------------------------------------------------------------------
 
@@ -234,7 +254,10 @@ class AsyncBorrowing(AsyncUpkeep):
             del slot
             await self._give_back(place, error)
             raise
-        return slot
+        try:
+            return slot
+        finally:
+            del slot
 
     async def _borrow_checked(self, seconds: float, deadline: float) -> Slot:
         """A slot for which `check` does not raise; a refused one is closed, and another one taken."""
@@ -243,12 +266,14 @@ class AsyncBorrowing(AsyncUpkeep):
         refusal: Exception | None = None
         while True:
             slot = await self._take_or_wait(left, seconds, refusal)
-            refusal = await self._check(slot, deadline)
-            if refusal is None:
-                return slot
-            # That an old connection is refused says nothing; a new one is like a failed connect.
-            fresh += slot.opened_at >= began
-            del slot
+            try:
+                refusal = await self._check(slot, deadline)
+                if refusal is None:
+                    return slot
+                # That an old connection is refused says nothing; a new one is like a failed connect.
+                fresh += slot.opened_at >= began
+            finally:
+                del slot
             left = max(0.0, deadline - clock())
             if fresh:
                 await asyncio.sleep(min(left, _pause(fresh, clock() - began)))
@@ -264,7 +289,10 @@ class AsyncBorrowing(AsyncUpkeep):
             except PenstockError as error:
                 explain_by(error, refusal, seconds)
                 raise
-        return slot
+        try:
+            return slot
+        finally:
+            del slot
 
     async def _check(self, slot: Slot, deadline: float) -> Exception | None:
         """Lend it, or close it and tell why: somebody has the object, it hung up, `check` raised."""
@@ -287,10 +315,12 @@ class AsyncBorrowing(AsyncUpkeep):
         except BaseException:
             link.park()
             self._return(slot, Verdict.UNCLEAN)
+            del slot
             raise
         if refusal is not None:
             link.park()
             self._return(slot, Verdict.UNCLEAN)
+        del slot
         return refusal
 
     async def _end_check(self, link: Any, seconds: float) -> Exception | None:
@@ -365,11 +395,11 @@ class AsyncBorrowing(AsyncUpkeep):
             place[0].condemn(Reason.UNCLEAN)
         try:
             if error is None:
-                failure = await self._commit(place[0])
+                failure = await self._commit(place[0].link)
             if not _may_wait(error) and not self._is_at_rest(place[0]):
                 self._finish_later(place)
                 return
-            verdict = await self._verdict(place[0])
+            verdict = await self._verdict(place)
         except BaseException:
             self._finish_later(place)
             raise
@@ -404,7 +434,7 @@ class AsyncBorrowing(AsyncUpkeep):
         verdict = Verdict.UNCLEAN
         try:
             if place[0].condemned is None:
-                verdict = await self._verdict(place[0], cut_short=True)
+                verdict = await self._verdict(place, cut_short=True)
         finally:
             self._return(place.pop(), verdict)
 
@@ -428,8 +458,7 @@ class AsyncBorrowing(AsyncUpkeep):
             )
         await self._give_back(place, GivenBack())
 
-    async def _commit(self, slot: Slot) -> Exception | None:
-        link = slot.link
+    async def _commit(self, link: Any) -> Exception | None:
         activity = link.activity()
         if activity is Activity.ACTIVE:
             _log.warning(
@@ -455,8 +484,8 @@ class AsyncBorrowing(AsyncUpkeep):
             )
         return None
 
-    async def _verdict(self, slot: Slot, *, cut_short: bool = False) -> Verdict:
-        link = slot.link
+    async def _verdict(self, place: list[Slot], *, cut_short: bool = False) -> Verdict:
+        link = place[0].link
         clean = link.park()
         if link.activity() is Activity.BROKEN:
             return Verdict.BROKEN
@@ -465,12 +494,12 @@ class AsyncBorrowing(AsyncUpkeep):
             clean = reset is not None and await link.tidy(within(TIDY_SECONDS, self._config))
         unfinished = not clean and reset is not None
         if clean and reset == "session":
-            clean = slot.reset_pending = link.start_reset()
+            clean = place[0].reset_pending = link.start_reset()
         elif clean and callable(reset):
             try:
                 clean = await self._call_reset(reset, link)
             except BaseException:
-                slot.condemn(Reason.UNCLEAN)  # the user's code is not called a second time
+                place[0].condemn(Reason.UNCLEAN)  # the user's code is not called a second time
                 raise
         activity = link.activity()
         if (

@@ -52,7 +52,7 @@ class AsyncLease(Generic[ConnT]):
                 if task is not None:
                     slot = pool._machine.take(clock(), id(task))
             if slot is None:
-                slot = await pool._borrow_slowly()
+                return await self._enter_slowly()
             self._slot = slot
             link = slot.link
             link.lend()
@@ -61,6 +61,16 @@ class AsyncLease(Generic[ConnT]):
             slot = self._slot = None
             pool._cut_short()
             raise
+
+    async def _enter_slowly(self) -> ConnT:
+        """Wait for a slot, and lend it; here, so that the hot path has nothing to clear."""
+        slot = await self._pool._borrow_slowly()
+        try:
+            self._slot = slot
+            slot.link.lend()
+            return slot.link.conn  # type: ignore[no-any-return]  # as above
+        finally:
+            del slot
 
     async def __aexit__(
         self,
@@ -109,9 +119,11 @@ class AsyncCarefulLease(AsyncLease[ConnT]):
             self._slot = slot
             return slot.link.conn  # type: ignore[no-any-return]  # as above
         except BaseException:
-            slot = self._slot = None
+            self._slot = None
             pool._cut_short()
             raise
+        finally:
+            slot = None
 
     async def __aexit__(
         self,

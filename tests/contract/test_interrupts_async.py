@@ -11,7 +11,6 @@ makes asyncio forget what it was about to call.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import signal
 
@@ -150,19 +149,3 @@ def test_whatever_of_the_pools_own_is_struck_out_of_the_loop_nobody_is_forgotten
         places.add(where)
     gc.collect()  # what was struck is told of here, and not in the next test
     assert len(places) > STRIKES // 10, places
-
-
-def test_a_connection_whose_lock_a_signals_exception_left_held_is_not_lent_again(server):
-    async def scenario():
-        async with AsyncConnectionPool(server.conninfo(over="unix"), max_size=1) as pool:
-            with contextlib.suppress(KeyboardInterrupt):
-                async with pool.connection() as conn:
-                    await (
-                        conn.lock.acquire()
-                    )  # as psycopg's `async with` does, before it is struck at its end
-                    raise KeyboardInterrupt
-            async with asyncio.timeout(PATIENCE):
-                assert (await pool.execute("select 1")).fetchone() == (1,)
-            assert pool.stats().closed == {"unclean": 1}
-
-    asyncio.run(scenario())
