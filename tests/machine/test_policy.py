@@ -38,9 +38,10 @@ def delays(count, *, waited_for, chance=0.5):
 
 @pytest.mark.parametrize("waited_for", [True, False])
 def test_the_first_attempts_come_fast_whoever_waits(waited_for):
-    first = delays(5, waited_for=waited_for)
-    assert first == [*FIRST_DELAYS, *[0.2] * 3]
-    assert 0.7 < sum(first) < 0.8
+    first = delays(12, waited_for=waited_for)
+    assert first == [*FIRST_DELAYS, *[0.2] * 10]
+    assert 2.0 < sum(first) < 2.2, "a second down and then the recovery"
+    assert delays(13, waited_for=waited_for)[12] > 0.4
 
 
 @pytest.mark.parametrize(("chance", "expected"), [(0.0, 0.45), (0.5, 0.465), (1.0, 0.48)])
@@ -50,7 +51,7 @@ def test_while_somebody_waits_the_delay_stays_short_with_jitter(chance, expected
 
 def test_while_nobody_waits_the_delay_doubles_up_to_half_a_minute():
     later = delays(40, waited_for=False, chance=1.0)[12:]
-    assert later[:5] == pytest.approx([1.6, 3.2, 6.4, 12.8, 25.6])
+    assert later[:5] == pytest.approx([0.8, 1.6, 3.2, 6.4, 12.8])
     assert later[-1] == LONGEST_DELAY
     assert max(later) == LONGEST_DELAY
 

@@ -11,11 +11,12 @@ from typing import Final
 
 #: Delays after the first failed connects, in seconds: quick, because most outages are restarts.
 FIRST_DELAYS: Final = (0.05, 0.1)
-#: Then this one, while the outage is younger than YOUNG_OUTAGE.
+#: Then this one, while the outage is younger than YOUNG_OUTAGE: a restart after a crash, a second down and then its
+#: recovery, has its first success within 0.3 s of the server accepting.
 SHORT_DELAY: Final = 0.2
-YOUNG_OUTAGE: Final = 0.75
+YOUNG_OUTAGE: Final = 2.0
 #: Then this, while somebody waits: with jitter 0.45 to 0.48 s, and a first success within 0.5 s of the server
-#: accepting. 20 s of outage are 48 to 50 attempts; with the waiters' first ones and those that diagnose, at most 2.8 a
+#: accepting. 20 s of outage are 50 to 52 attempts; with the waiters' first ones and those that diagnose, at most 2.8 a
 #: second.
 WAITED_FOR_DELAY: Final = 0.45
 WAITED_FOR_JITTER: Final = 0.03
@@ -62,6 +63,6 @@ def retry_delay(
         return SHORT_DELAY
     if waited_for:
         return WAITED_FOR_DELAY + WAITED_FOR_JITTER * random
-    # 3 s of outage are about 11 failures: from there on the delay doubles.
-    exponent = min(max(failures - 11, 0), 8)
+    # 2 s of outage are about 12 failures: from there on the delay doubles.
+    exponent = min(max(failures - 12, 0), 8)
     return float(min(LONGEST_DELAY, 0.4 * 2**exponent)) * (0.9 + 0.1 * random)
