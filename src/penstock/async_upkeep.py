@@ -272,6 +272,7 @@ class AsyncUpkeep:
         """
         await asyncio.sleep(0)  # a loop may run a new task at once, in the middle of our caller
         link = None
+        slot_ref = place[0].ref
         brief = place[0].brief
         seconds = min(BRIEF_SECONDS, CONNECT_SECONDS) if brief else CONNECT_SECONDS
         try:
@@ -280,33 +281,26 @@ class AsyncUpkeep:
                 link = await self._opener.open(seconds, if_changed=if_changed)
             finally:
                 self._connecting.release()
-            self._watch(link, place[0].ref)
+            self._watch(link, slot_ref)
+            outage = self._machine.outage
+            orders = self._machine.opened(place.pop(), link, clock())
         except SameAgain:
             self._carry_out(self._machine.unchanged(place.pop(), clock()))
             self._tell_onlookers()
             return
         except BaseException as error:  # also a SystemExit of a user's callable
-            if link is not None:
-                _discard(link)
+            if link is not None and (slot_ref is None or slot_ref.link is not link):
+                _discard(link)  # it belongs to no slot yet, with which it would come home
+            if not place:
+                raise  # a signal's, in the middle of the move
             await self._open_failed(place, error, may_change=not if_changed)
             if not isinstance(error, Exception):
                 raise  # cancelled; or a KeyboardInterrupt, which ends the loop as from any other task
             return
-        outage = self._machine.outage
-        self._carry_out(self._opened(place, link))
+        self._carry_out(orders)
         self._tell_onlookers()
         if outage is not None:
             _log.warning("pool %r: connections can be opened again", self.name)
-
-    def _opened(self, place: list[Slot], link: Any) -> list[Order]:
-        """The slot in this place has a link."""
-        slot_ref = place[0].ref
-        try:
-            return self._machine.opened(place.pop(), link, clock())
-        except BaseException:  # a signal's
-            if slot_ref is None or slot_ref.link is not link:
-                _discard(link)  # it belongs to no slot yet, with which it would come home
-            raise
 
     async def _open_failed(
         self, place: list[Slot], error: BaseException, *, may_change: bool
