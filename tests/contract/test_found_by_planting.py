@@ -166,10 +166,14 @@ def test_a_keeper_that_replaces_another_keeps_its_timers(pool, monkeypatch):
     former._timers[pool._machine.home] = 1e12
     monkeypatch.setattr(keeper, "_keepers", [former])
     keeper._replace(former)
-    assert keeper._keepers[0] is not former
-    assert keeper._keepers[0]._timers == {pool._machine.home: 1e12}
+    successor = keeper._keepers[0]
+    assert successor is not former
+    assert successor._timers == {pool._machine.home: 1e12}
     monkeypatch.setattr(keeper.Keeper, "_leave", lambda self: False)
-    keeper._keepers[0].inbox.put(keeper._stop)
+    successor.inbox.put(keeper._stop)
+    # Before the patch is undone: else it goes on, and later tests find a keeper too many.
+    successor._thread.join(PATIENCE)
+    assert not successor._thread.is_alive()
 
 
 def test_a_connection_whose_configure_raised_is_closed(fake):
