@@ -172,8 +172,9 @@ def test_a_keeper_that_replaces_another_keeps_its_timers(pool, monkeypatch):
     monkeypatch.setattr(keeper.Keeper, "_leave", lambda self: False)
     successor.inbox.put(keeper._stop)
     # Before the patch is undone: else it goes on, and later tests find a keeper too many.
-    successor._thread.join(PATIENCE)
-    assert not successor._thread.is_alive()
+    runner: Any = successor._thread
+    runner.join(PATIENCE)
+    assert not runner.is_alive()
 
 
 def test_a_connection_whose_configure_raised_is_closed(fake):
