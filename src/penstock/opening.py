@@ -21,6 +21,7 @@ from penstock.alarm import Alarm
 from penstock.clock import clock
 from penstock.config import application_name
 from penstock.conninfo import Wrong, read
+from penstock.frames import without_frames
 from penstock.secret import Hidden, Secret
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ class Opener:
 
     def known(self, error: BaseException) -> Failure | None:
         """Why `open` raised `error`, where no driver need be asked."""
-        _drop_tracebacks(error)
+        without_frames(error)  # they would keep the pool, and what it holds, alive
         if isinstance(error, ConfigureError):
             return self._explain_configure(error)
         if isinstance(error, RecipeError):
@@ -381,18 +382,6 @@ class RecipeError(Exception):
 
 class ConfigureError(Exception):
     """The user's `configure` raised (its cause), or left a connection that cannot be lent."""
-
-
-def _drop_tracebacks(error: BaseException) -> None:
-    """Of the whole chain: frames would keep the pool, and what it holds, alive."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        found = pending.pop()
-        if found is not None and id(found) not in seen:
-            seen.add(id(found))
-            found.__traceback__ = None
-            pending += [found.__cause__, found.__context__]
 
 
 def _call_configure(configure: Callable[[Any], object], conn: Any) -> None:

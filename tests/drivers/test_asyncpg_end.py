@@ -322,6 +322,8 @@ def test_discard_after_the_loop_leaves_alone_a_stranger_with_the_same_number(uni
 
 def answers_in_a_child(link: AsyncpgLink, conninfo: str, loop: str) -> Callable[[], Any]:
     def work() -> Any:
+        # From 3.12 on asyncio forgets the parent's loop in a hook, which a fork by libc does not run.
+        asyncio._set_running_loop(None)
         link.abandon(busy=False)
         refused = ""
         try:

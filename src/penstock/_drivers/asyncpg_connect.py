@@ -27,6 +27,7 @@ from penstock._drivers.asyncpg_passfile import password_for
 from penstock._drivers.asyncpg_tls import tls_options
 from penstock._drivers.side_threads import call_aside
 from penstock.conninfo import KEYWORDS, Wrong, read, to_url
+from penstock.frames import without_frames
 from penstock.secret import Secret, is_secret
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ async def attempts_of(words: Words, deadline: float) -> tuple[list[Words], list[
         try:
             addresses = await addresses_of(host, port, deadline)
         except (OSError, ValueError) as error:
-            failures.append(error)
+            failures.append(without_frames(error))
         else:
             attempts += [{**each, "address": address} for address in addresses]
     if words.get("load_balance_hosts") == "random":
@@ -246,10 +247,13 @@ async def connect(recipe: Recipe, cls: type[Any], deadline: float) -> Any:
         except Exception as error:
             if not _goes_on(error):
                 raise
-            failures.append(error.with_traceback(None))
+            failures.append(without_frames(error))
         if monotonic() >= deadline:
             break
-    raise _merged(failures)
+    try:
+        raise _merged(failures)
+    finally:
+        failures.clear()  # the error holds this frame, and this frame held it
 
 
 def _share_of(words: Words, options: Words, deadline: float, attempts_left: int) -> float:
@@ -313,22 +317,9 @@ async def _connected_by(given: Words, where: str) -> Any:
     if isinstance(failure, TimeoutError) and not str(failure):
         raise TimeoutError(f"no connection to {where} in time")
     try:
-        raise _without_frames(failure)
+        raise without_frames(failure)
     finally:
         del failure  # it holds this frame, and this frame held it
-
-
-def _without_frames(error: BaseException) -> BaseException:
-    """The error, of whose chain no frame is kept."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        found = pending.pop()
-        if found is not None and id(found) not in seen:
-            seen.add(id(found))
-            found.__traceback__ = None
-            pending += [found.__cause__, found.__context__]
-    return error
 
 
 def _account(words: Words, options: Words) -> Words:

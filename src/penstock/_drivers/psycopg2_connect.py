@@ -24,6 +24,7 @@ from penstock._drivers.psycopg2_limit import LIMIT, Clock, limited_connection
 from penstock._drivers.sockets import seconds_to
 from penstock._drivers.trace import ASKED, SPOKE_TLS
 from penstock.conninfo import to_conninfo
+from penstock.frames import without_frames
 from penstock.secret import Secret, is_secret
 
 if TYPE_CHECKING:
@@ -108,9 +109,12 @@ def resolved(params: Params) -> Params:
         try:
             found += [(host, address, port) for address in _addresses(host, port)]
         except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a label above 63 bytes
-            failures.append(_no_address(host, error))
+            failures.append(_no_address(host, without_frames(error)))
     if not found:
-        raise failures[0]
+        try:
+            raise failures[0]
+        finally:
+            failures.clear()  # the error holds this frame, and this frame held it
     names, addresses, ports = (",".join(column) for column in zip(*found, strict=True))
     # `host` stays: certificates and .pgpass go by the name.
     return {**params, "host": names, "hostaddr": addresses, "port": ports}

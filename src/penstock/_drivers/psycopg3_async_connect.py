@@ -21,6 +21,7 @@ from penstock._drivers import psycopg3_connect as connecting
 from penstock._drivers import under_way
 from penstock._drivers.awaiting import wait
 from penstock._drivers.side_threads import call_aside
+from penstock.frames import without_frames
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn
@@ -43,10 +44,13 @@ async def connect(params: Params, deadline: float) -> PGconn:
         try:
             return await _connected(attempt, until)
         except psycopg.OperationalError as error:
-            failures.append(error)
+            failures.append(without_frames(error))
         if monotonic() >= deadline:
             break
-    raise connecting.merged(failures)
+    try:
+        raise connecting.merged(failures)
+    finally:
+        failures.clear()  # the error holds this frame, and this frame held it
 
 
 async def _connected_aside(params: Params, deadline: float) -> PGconn:
@@ -88,7 +92,7 @@ async def _addresses(host: str, port: str, until: float) -> list[str] | psycopg.
         look_up = partial(connecting.look_up, host, port)
         return await call_aside(("look up", host, port), look_up, until)
     except psycopg.OperationalError as error:
-        return error.with_traceback(None)
+        return without_frames(error)
     except TimeoutError:
         return psycopg.errors.ConnectionTimeout("the host name was not resolved in time")
     except RuntimeError as error:  # can't start new thread

@@ -24,6 +24,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from penstock._drivers import under_way
 from penstock._drivers.sockets import READ, WRITE, wait
 from penstock._drivers.trace import SPOKE_TLS, spoke_tls
+from penstock.frames import without_frames
 from penstock.secret import Secret, is_secret
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def attempts_of(
         try:
             addresses = (resolve or look_up)(host, port)
         except psycopg.OperationalError as failure:
-            failures.append(failure)
+            failures.append(without_frames(failure))
             continue
         # `host` stays: certificates and .pgpass go by the name.
         attempts += [
@@ -224,7 +225,10 @@ def connect(params: Params, deadline: float) -> PGconn:
             return handle
         if monotonic() >= deadline:
             break
-    raise merged(failures)
+    try:
+        raise merged(failures)
+    finally:
+        failures.clear()  # the error holds this frame, and this frame held it
 
 
 def share_of(params: Params, deadline: float, attempts_left: int) -> float:
@@ -240,7 +244,7 @@ def _try(attempt: Params, until: float, failures: list[psycopg.OperationalError]
     try:
         return connected(attempt, until, None)
     except psycopg.OperationalError as error:
-        failures.append(error)
+        failures.append(without_frames(error))
         return None
 
 
@@ -331,7 +335,11 @@ def check_connected(handle: PGconn) -> None:
         psycopg.OperationalError: it is not connected.
     """
     if handle.status != pq.ConnStatus.OK:
-        error = psycopg.OperationalError(handle.get_error_message())
-        setattr(error, SPOKE_TLS, bool(handle.ssl_in_use))
-        raise error
+        raise _not_connected(handle)  # with no name here: its traceback has this frame
     handle.nonblocking = 1
+
+
+def _not_connected(handle: PGconn) -> psycopg.OperationalError:
+    error = psycopg.OperationalError(handle.get_error_message())
+    setattr(error, SPOKE_TLS, bool(handle.ssl_in_use))
+    return error

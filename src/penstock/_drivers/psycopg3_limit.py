@@ -86,7 +86,10 @@ class LimitsStatements(psycopg.Connection[Any]):
         except _TimeUp as struck:
             error = _reason(struck, limit)
         _end(handle)
-        raise error from None
+        try:
+            raise error from None
+        finally:
+            del error  # it holds this frame, and this frame held it
 
 
 class AsyncLimitsStatements(psycopg.AsyncConnection[Any]):
@@ -110,7 +113,10 @@ class AsyncLimitsStatements(psycopg.AsyncConnection[Any]):
         except _TimeUp as struck:
             error = _reason(struck, limit)
         end_awaited(handle)
-        raise error from None
+        try:
+            raise error from None
+        finally:
+            del error  # it holds this frame, and this frame held it
 
 
 def _looks(interval: float | None, limit: StatementLimit) -> float:
