@@ -487,8 +487,11 @@ class AsyncBorrowing(AsyncUpkeep):
     async def _verdict(self, place: list[Slot], *, cut_short: bool = False) -> Verdict:
         link = place[0].link
         clean = link.park()
-        if link.activity() is Activity.BROKEN:
+        activity = link.activity()
+        if activity is Activity.BROKEN:
             return Verdict.BROKEN
+        # A lock of the driver's that nobody will release shows here: looking costs more than park() may.
+        clean = clean and activity is not Activity.ACTIVE
         reset = self._config.reset
         if not clean:
             clean = reset is not None and await link.tidy(within(TIDY_SECONDS, self._config))

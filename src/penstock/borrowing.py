@@ -397,8 +397,11 @@ class Borrowing(Upkeep):
 
     def _verdict(self, link: Any, *, cut_short: bool) -> Verdict:
         clean = link.park()
-        if link.activity() is Activity.BROKEN:
+        activity = link.activity()
+        if activity is Activity.BROKEN:
             return Verdict.BROKEN
+        # A lock of the driver's that nobody will release shows here: looking costs more than park() may.
+        clean = clean and activity is not Activity.ACTIVE
         reset = self._config.reset
         if not clean:
             clean = reset is not None and link.tidy(within(TIDY_SECONDS, self._config))

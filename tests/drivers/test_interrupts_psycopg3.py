@@ -22,6 +22,8 @@ psycopg = pytest.importorskip("psycopg")
 
 STORM = 1000
 SIZE = 3
+#: Whoever waits so long, in seconds, was forgotten.
+PATIENCE = 5.0
 
 
 @pytest.fixture
@@ -48,6 +50,25 @@ def silence():
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_connection_whose_lock_an_interrupt_left_held_is_not_lent_again(server, error):
+    with ConnectionPool(server.conninfo(over="unix"), max_size=1) as pool:
+        with pytest.raises(error), pool.connection() as conn:
+            # As psycopg's own `with` does, before it is struck at its end: on gevent it can be.
+            conn.lock.acquire()
+            raise error
+        answers = []
+
+        def borrow():
+            answers.append(pool.execute("select 1").fetchone())
+
+        other = threading.Thread(target=borrow, daemon=True)
+        other.start()
+        other.join(PATIENCE)
+        assert answers == [(1,)], "he waits for psycopg's lock"
+        assert pool.stats().closed == {"unclean": 1}
 
 
 def ask(conn, number):
