@@ -144,9 +144,11 @@ class Child:
     def _heard(self, deadline: float, *, whatever: bool = False) -> str | None:
         """All it says, up to the line that ends it; None if that did not come in time."""
         said = b""
+        readable = select.poll()  # whatever the descriptor's number: select() takes 1023 at most
+        readable.register(self._reader, select.POLLIN)
         while not said.endswith(b"\x00"):
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([self._reader], [], [], left)[0]:
+            if left <= 0 or not readable.poll(left * 1000):
                 return said.decode(errors="replace") if whatever else None
             piece = os.read(self._reader, 1 << 16)
             if not piece:
