@@ -13,6 +13,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+import psycopg2
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 

@@ -385,7 +385,7 @@ class World:
         self.machine.forked()
         assert len(links) == len({id(link) for link in links})
         for link in links:
-            link.abandon(busy=True)
+            link.abandon(busy=False)  # and closed: one process plays thousands of children
         self.abandoned += links
         self.inherited += self.server.sessions.values()
         self.server.sessions.clear()
