@@ -250,10 +250,11 @@ class Pg8000Driver:
     def diagnose(self, error: BaseException, recipe: Recipe, seconds: float | None) -> Diagnosis:
         """Tell why `open` raised `error`: pg8000 keeps the server's own fields."""
         del recipe, seconds
-        fields = _fields(error)
-        # pg8000 says goodbye to a server that has gone, and then raises what it met there.
-        if not fields and error.__context__ is not None:
-            fields = _fields(error.__context__)
+        # pg8000 says goodbye to a server that has gone, and then raises what it met there: what the
+        # server said is behind it, one step or two.
+        fields, behind = _fields(error), error.__context__
+        while not fields and behind is not None:
+            fields, behind = _fields(behind), behind.__context__
         code = fields.get("C")
         text = " ".join(str(fields.get("M") or error).split())
         # 28: authentication; 3D: no such database.

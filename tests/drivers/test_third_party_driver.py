@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pg8000.core
 import pg8000.dbapi
 import pytest
 from examples.pg8000_driver.pg8000_driver import Pg8000Driver
 from tests.forks import Child, until
 
 from penstock import ConnectionPool, MisuseError, ServerUnavailable
+from penstock.drivers import Recipe
 
 
 @pytest.fixture
@@ -57,6 +59,29 @@ def test_errors_are_the_drivers_too(pool, unix_dsn):
     assert isinstance(misuse.value, MisuseError)
     with pytest.raises(pg8000.exceptions.InterfaceError, match="given back"):
         conn.cursor().execute("select 1")
+
+
+class Gone:
+    """A stream to a server that has refused and left: it can be read, and not be written to any more."""
+
+    def write(self, data):
+        pass
+
+    def flush(self):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_what_the_server_said_is_found_behind_what_the_goodbye_met(unix_dsn):
+    """pg8000's own race: its close() may meet the end of the connection, and raises that instead."""
+    said = {"S": "FATAL", "C": "3D000", "M": 'database "no_such_database" does not exist'}
+    with pytest.raises(pg8000.exceptions.InterfaceError) as caught:
+        try:
+            raise pg8000.exceptions.DatabaseError(said)
+        except BaseException:
+            pg8000.core._flush(Gone())
+            raise
+    told = Pg8000Driver().diagnose(caught.value, Recipe(conninfo=unix_dsn), 1.0)
+    assert (told.sqlstate, told.heals, told.text) == ("3D000", False, said["M"])
 
 
 def test_a_fork_shares_nothing(pool):
