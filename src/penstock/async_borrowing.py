@@ -486,12 +486,10 @@ class AsyncBorrowing(AsyncUpkeep):
 
     async def _verdict(self, place: list[Slot], *, cut_short: bool = False) -> Verdict:
         link = place[0].link
-        clean = link.park()
-        activity = link.activity()
-        if activity is Activity.BROKEN:
+        # A lock of the driver's that nobody may ever release: park() is on the hot path and does not look.
+        clean = link.park() and not getattr(link, "held", False)
+        if link.activity() is Activity.BROKEN:
             return Verdict.BROKEN
-        # A lock of the driver's that nobody will release shows here: looking costs more than park() may.
-        clean = clean and activity is not Activity.ACTIVE
         reset = self._config.reset
         if not clean:
             clean = reset is not None and await link.tidy(within(TIDY_SECONDS, self._config))

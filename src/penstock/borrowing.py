@@ -396,12 +396,10 @@ class Borrowing(Upkeep):
         return None
 
     def _verdict(self, link: Any, *, cut_short: bool) -> Verdict:
-        clean = link.park()
-        activity = link.activity()
-        if activity is Activity.BROKEN:
+        # A lock of the driver's that nobody may ever release: park() is on the hot path and does not look.
+        clean = link.park() and not getattr(link, "held", False)
+        if link.activity() is Activity.BROKEN:
             return Verdict.BROKEN
-        # A lock of the driver's that nobody will release shows here: looking costs more than park() may.
-        clean = clean and activity is not Activity.ACTIVE
         reset = self._config.reset
         if not clean:
             clean = reset is not None and link.tidy(within(TIDY_SECONDS, self._config))

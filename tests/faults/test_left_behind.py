@@ -1,4 +1,4 @@
-"""What a borrower leaves half done, where the row `session_state` is not played: psycopg2 and asyncpg."""
+"""What a borrower leaves half done, where the row `session_state` is not played: what psycopg2, asyncpg and `notifies()` leave."""
 
 from __future__ import annotations
 
@@ -70,3 +70,21 @@ def test_the_warning_about_an_open_transaction_says_where_it_was_given_back(serv
         pool.putconn(conn)
     assert "given back idle in transaction: rolled back" in caplog.text
     assert "(at faults/test_left_behind.py:" in caplog.text
+
+
+def test_notifies_that_is_left_open_is_no_statement_under_way(server, caplog):
+    """It holds psycopg's lock, as a statement does; what is said must tell them apart."""
+
+    async def leave():
+        dsn = server.conninfo(over="unix")
+        async with AsyncConnectionPool(dsn, autocommit=True, max_size=1) as pool:
+            async with pool.connection() as conn:
+                await conn.execute("listen news")
+                await conn.execute("notify news")
+                notices = conn.notifies(timeout=1)
+                await anext(notices)
+            await notices.aclose()
+
+    asyncio.run(leave())
+    [record] = [each for each in caplog.records if each.name == "penstock"]
+    assert "in the middle of something" in record.getMessage()

@@ -124,6 +124,9 @@ class Link(Protocol[ConnT]):
         """Take the handle away, so that using the returned connection raises; tell if it is clean.
 
         Clean: idle, no transaction, the client-side settings as they were when the link was new.
+
+        A driver whose library has a lock in each connection, which an interrupt may leave locked, has an
+        attribute, ``held``, that tells: after an error a connection that is held is not lent again.
         """
 
     def activity(self) -> Activity:

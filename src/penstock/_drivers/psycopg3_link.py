@@ -154,18 +154,16 @@ class PgconnLink:
 
     # --- without a word to the server
 
-    def activity(self) -> Activity:
-        """What the session is doing, also while parked.
+    @property
+    def held(self) -> bool:
+        """Whether psycopg's own lock is: by somebody in a call, or for ever, by one who was struck at its end."""
+        return bool(self.conn.lock.locked())
 
-        One that does nothing, but whose lock is held, counts as active: somebody is about to use it, or was
-        struck by a signal at the end of psycopg's `with`, and whoever has it next waits for ever.
-        """
+    def activity(self) -> Activity:
+        """What the session is doing, also while parked."""
         if self.handle.status == ConnStatus.BAD:
             return Activity.BROKEN
-        status = self.handle.transaction_status
-        if status == TransactionStatus.IDLE and self.conn.lock.locked():
-            return Activity.ACTIVE
-        return _ACTIVITY.get(TransactionStatus(status), Activity.BROKEN)
+        return _ACTIVITY.get(TransactionStatus(self.handle.transaction_status), Activity.BROKEN)
 
     def set_autocommit(self, value: bool) -> None:
         """Set autocommit until the connection is given back; only while idle.
