@@ -17,6 +17,7 @@ ends they are cancelled like all others: a slot that such a task holds comes hom
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 from collections import deque
@@ -153,6 +154,17 @@ class AsyncUpkeep:
     def _doubt(self) -> None:
         """A statement was given up: idle connections are pinged before they are lent."""
         self._move(self._machine.doubt)
+
+    def _ask(self) -> None:
+        """Somebody, in whichever thread, decides by the pool's state whether it gets work."""
+        loop = self._loop
+        if loop is None or not self._machine.ask(clock()):
+            return
+        if _runs_here(loop):
+            self._call_at(clock())
+            return
+        with contextlib.suppress(RuntimeError):  # its loop has ended: the pool serves nobody
+            loop.call_soon_threadsafe(_tick_if_alive, self._home)
 
     def _look_again(self) -> None:
         self._carry_out(self._machine.look_again(clock()))

@@ -118,12 +118,8 @@ class Reporter:
         if outage is not None:
             why = f"cannot open connections: {outage.error.text}"
             why += f"; {alive} still open" if alive else ""
-            # With nobody waiting and min_size=0 nobody tries: not ready would be for ever, since a
-            # service that is not ready gets no requests.
-            untried = not (machine.limits.min_size or machine.opening or machine.waiters)
-            why += "; nobody has tried since" if untried else ""
-            ready = alive > 0 or untried
-            return Health(live=True, ready=ready, why=why, since=now - outage.since)
+            # Who asks has it tried again, whatever min_size is (`Machine.ask`): this is never for ever.
+            return Health(live=True, ready=alive > 0, why=why, since=now - outage.since)
         silent = machine.silent_since(now)
         if silent is not None:
             why = f"the server has not answered for {now - silent:.1f} s"

@@ -422,8 +422,13 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         return self._machine.stats(self.name, clock())
 
     def health(self) -> Health:
-        """Whether the pool can serve, why not, and since when: from its state, in microseconds."""
+        """Whether the pool can serve, why not, and since when: from its state, in microseconds.
+
+        It opens nothing. In an outage it makes the background try about once a second, as long as
+        somebody asks at least every 30 s.
+        """
         notice_fork()
+        self._ask()
         return self._reporter.health()
 
     def __repr__(self) -> str:
@@ -445,7 +450,12 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         with self.connection(seconds):  # says early, and with the cause, that it cannot be done
             pass
         enough = self._machine.limits.min_size
-        if not self._wait_until(lambda: self._alive() >= enough, deadline):
+
+        def complete() -> bool:
+            self._ask()  # nobody waits in the queue for these
+            return self._alive() >= enough
+
+        if not self._wait_until(complete, deadline):
             raise self._reporter.error(None, seconds, seconds)
 
     # -- forks ------------------------------------------------------------------------------------

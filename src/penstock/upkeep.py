@@ -79,6 +79,11 @@ class Upkeep:
         """A statement was given up: idle connections are pinged before they are lent."""
         self._move(self._machine.doubt)
 
+    def _ask(self) -> None:
+        """Somebody decides by the pool's state whether it gets work. Takes no lock and opens nothing itself."""
+        if self._machine.ask(clock()):
+            keeper.current().tell(self._tick)
+
     def _look_again(self) -> None:
         with self._lock:
             orders = self._machine.look_again(clock())

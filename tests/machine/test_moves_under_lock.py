@@ -17,9 +17,9 @@ from penstock._machine.machine import Machine
 from penstock._machine.orders import Open
 from penstock._machine.policy import Limits
 
-# What runs without the lock, by design: the hot moves, what only reads, and the child's side of a fork,
+# What runs without the lock, by design: the hot moves, a note of who asks, what only reads, and the child's side of a fork,
 # where no other thread is.
-WITHOUT = {"take", "put", "slots", "count", "waiting", "borrows", "stats", "has"}
+WITHOUT = {"take", "put", "ask", "slots", "count", "waiting", "borrows", "stats", "has"}
 IN_A_CHILD = {"inherited", "forked"}
 MOVES = {
     name

@@ -181,7 +181,7 @@ class Simulation(RuleBasedStateMachine):
 
     # -- the whole pool
 
-    @rule(how=st.sampled_from(["tick", "drain", "open", "close and open", "close"]))
+    @rule(how=st.sampled_from(["tick", "drain", "open", "close and open", "close", "ask", "ask"]))
     def somebody_says(self, how: str) -> None:
         for word in how.split(" and "):
             getattr(self.world, word)()

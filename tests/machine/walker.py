@@ -129,6 +129,7 @@ class Walker:
             "hang up": lambda: world.hang_up(self.random.randrange(8)),
             "open": world.open,
             "close": world.close,
+            "ask": world.ask,
             "drain": world.drain,
             "resize": self._resize,
             "fork": lambda: world.fork(greenlets=self._even()),

@@ -328,6 +328,11 @@ class World:
         shrunk = [o for o in orders if isinstance(o, Close) and o.reason is Reason.SHRUNK]
         assert len(shrunk) <= max(spare, 0), "shrunk below min_size"
 
+    def ask(self) -> None:
+        """An orchestrator asks for the pool's health."""
+        if self.machine.ask(self.now):
+            self.tick()
+
     def _connected(self) -> int:
         counts = self.machine.count()
         return counts[SlotState.IDLE] + counts[SlotState.IN_USE] + counts[SlotState.PINGING]
@@ -499,6 +504,7 @@ class World:
         self._check_links()
         self._check_sizes()
         self._check_queue()
+        self._check_who_asks()
         self._check_counters()
 
     def _places(self) -> list[tuple[Slot, set[SlotState]]]:
@@ -552,6 +558,21 @@ class World:
             assert seat.woken or not served, "somebody was given something and not told"
         if tickets:
             self._check_nobody_waits_for_nothing(len(tickets))
+
+    def _check_who_asks(self) -> None:
+        """While somebody asks, a pool that has nothing is tried again soon, whatever its sizes are."""
+        machine = self.machine
+        outage = machine.outage
+        if outage is None or machine.phase is not Phase.OPEN or not machine.asked.lately(self.now):
+            return
+        if self._connected() or self._awake() or len(machine.refs) >= machine.limits.max_size:
+            return
+        if self.dropped or machine.count()[SlotState.CLOSING]:
+            return  # the end of that is looked at
+        if self._brief() >= PROBES:
+            return
+        assert self.alarms, "an unready pool that is asked about is not tried again"
+        assert min(self.alarms) <= max(outage.next_for_asked, self.now), "nor in time"
 
     def _check_nobody_waits_for_nothing(self, waiting: int) -> None:
         machine = self.machine

@@ -61,6 +61,7 @@ from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
+from .asked import Asked
 from .orders import Close, Open, Order, Overdue, ReportOutage, TickAt
 from .outage import Outage
 from .pace import FIRST_WAVE, Pace
@@ -127,6 +128,7 @@ class Machine:
         "answered_at",
         "armed",
         "aside",
+        "asked",
         "epoch",
         "generation",
         "home",
@@ -178,6 +180,7 @@ class Machine:
         self.outage: Outage | None = None
         self.answered_at = -NEVER  # when a connection was opened last
         self.pace = Pace()
+        self.asked = Asked()
         self.armed = float("inf")
         self.tally = Tally()
 
@@ -500,6 +503,16 @@ class Machine:
 
     # -- what can be read -------------------------------------------------------------------------
 
+    def ask(self, now: float) -> bool:
+        """Somebody asks how the pool is, and decides by the answer whether it gets work. Takes no lock.
+
+        While nothing can be opened he counts like one who waits, but for the pace: nobody borrows from a
+        pool that is not ready. True: tick, in the background; the next attempt may be due by now.
+        """
+        self.asked.note(now)
+        troubled = self.outage is not None or bool(self.opening)
+        return troubled and self.phase is Phase.OPEN and self.asked.wakes(now)
+
     def slots(self) -> list[Slot]:
         """All slots that somebody holds. For reports: hold them no longer than needed."""
         return [slot for ref in list(self.refs.values()) if (slot := ref()) is not None]
@@ -686,7 +699,7 @@ class Machine:
 
     def _look_later(self, now: float, orders: list[Order]) -> None:
         """If fewer are being opened than could be, look again when that may be too few."""
-        if not self.waiters or not self._may_open():
+        if not self._is_wanted(now) or not self._may_open():
             return
         due = self._next_silent(now)
         waiting, opening = min(len(self.waiters), self._most_at_once()), self._under_way(now)
@@ -704,11 +717,14 @@ class Machine:
             return True
         if self._under_way(now):
             return False  # one probe at a time
-        due = outage.due(waited_for=bool(self.waiters))
+        due = self._due_in_outage(outage, now)
         if now >= due:
             return True
         orders.append(TickAt(due))
         return False
+
+    def _due_in_outage(self, outage: Outage, now: float) -> float:
+        return outage.due(waited_for=bool(self.waiters), asked=self.asked.lately(now))
 
     def _may_open(self) -> bool:
         return self.phase is Phase.OPEN and len(self.refs) < self.limits.max_size
@@ -719,14 +735,20 @@ class Machine:
             return False
         silence = self._general_silence(now)
         if silence is not None:
-            return bool(self.waiters) and not silence.under_way and silence.brief < PROBES
+            return self._is_wanted(now) and not silence.under_way and silence.brief < PROBES
         opening = self._under_way(now)
         if opening < self._wanted(now, opening):
             return True
+        if self.outage is not None and self._is_wanted(now) and not self._connected():
+            return not opening  # also where min_size is 0: else it would never be ready again
         # Nobody waits. Before the first connection of all, open one and see: a wrong password is
         # then one failed login, not min_size of them.
         unproven = self.opening and not self.tally.opened
         return len(self.refs) < self.limits.min_size and not unproven
+
+    def _is_wanted(self, now: float) -> bool:
+        """Whether somebody wants a connection, or wants to know whether there is one."""
+        return bool(self.waiters) or self.asked.lately(now)
 
     def _wanted(self, now: float, opening: int) -> int:
         """How many openings should be under way for those who wait, where `opening` are."""
@@ -918,7 +940,7 @@ class Machine:
         due = min(due_times(self.slots(), self.limits, now, shrinkable=shrinkable), default=NEVER)
         outage = self.outage
         if outage is not None and not self._under_way(now) and self._may_grow(now):
-            return min(due, outage.due(waited_for=bool(self.waiters)))
+            return min(due, self._due_in_outage(outage, now))
         return due
 
     def _arm_for(self, due: float, now: float, orders: list[Order]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from .policy import UNHEALABLE_DELAY, retry_delay
+from .policy import ASKED_JITTER, UNHEALABLE_DELAY, retry_delay
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,8 @@ class Outage:
         next_question: where what was refused may change (a callable gives the password): when to ask whether
             it has; infinite where it need not be asked before `next_for_waiters`.
         questions: how often that was asked in vain since the last attempt.
-        next_for_nobody: when to try again if nobody does.
+        next_for_asked: when to try again if nobody does, and somebody asks how the pool is.
+        next_for_nobody: when to try again if nobody does either.
         reported: it has lasted longer than the user wants to bear, and that was said.
     """
 
@@ -39,6 +40,7 @@ class Outage:
         "error",
         "failures",
         "heals",
+        "next_for_asked",
         "next_for_nobody",
         "next_for_waiters",
         "next_question",
@@ -55,6 +57,7 @@ class Outage:
         self.sqlstate: str | None = None
         self.heals = True
         self.next_for_waiters = since
+        self.next_for_asked = since
         self.next_for_nobody = since
         self.next_question = NEVER
         self.questions = 0
@@ -75,25 +78,32 @@ class Outage:
         self.error, self.sqlstate, self.heals = error, sqlstate, heals
         down_for, chance = now - self.since, random()
 
-        def delay(*, waited_for: bool) -> float:
+        def delay(*, waited_for: bool = False, asked: bool = False) -> float:
             return retry_delay(
-                self.failures, down_for, waited_for=waited_for, sqlstate=sqlstate, random=chance
+                self.failures,
+                down_for,
+                waited_for=waited_for,
+                sqlstate=sqlstate,
+                random=chance,
+                asked=asked,
             )
 
-        self.next_for_nobody = now + delay(waited_for=False)
+        self.next_for_nobody = now + delay()
+        self.next_for_asked = now + delay(asked=True)
         self.next_for_waiters = now + delay(waited_for=True)
         self.questions, self.next_question = 0, NEVER
         if may_change and not heals:
             self.next_question = now + self._question_delay()
         if not heals:
             self.next_for_waiters = now + UNHEALABLE_DELAY
-            self.next_for_nobody = max(self.next_for_nobody, self.next_for_waiters)
+            self.next_for_asked = self.next_for_waiters + ASKED_JITTER * chance
+            self.next_for_nobody = max(self.next_for_nobody, self.next_for_asked)
 
-    def due(self, *, waited_for: bool) -> float:
+    def due(self, *, waited_for: bool, asked: bool) -> float:
         """When to try again, or to ask whether there is something new to try."""
         if waited_for:
             return min(self.next_for_waiters, self.next_question)
-        return self.next_for_nobody
+        return min(self.next_for_asked, self.next_for_nobody) if asked else self.next_for_nobody
 
     def asks(self, now: float) -> bool:
         """Whether what is due now is the question only, and no attempt."""

@@ -20,7 +20,11 @@ YOUNG_OUTAGE: Final = 2.0
 #: second.
 WAITED_FOR_DELAY: Final = 0.45
 WAITED_FOR_JITTER: Final = 0.03
-#: While nobody waits, the delay doubles up to this.
+#: Then this, while nobody waits and somebody asks for the pool's health: about one a second, so that a service is
+#: ready a second after its server, and so far apart that its replicas do not come together.
+ASKED_DELAY: Final = 0.75
+ASKED_JITTER: Final = 0.5
+#: While nobody waits and nobody asks, the delay doubles up to this.
 LONGEST_DELAY: Final = 30.0
 #: The server is full (53300): ask again at most once a second.
 FULL_SERVER_DELAY: Final = 1.0
@@ -52,9 +56,18 @@ def retire_at(opened_at: float, max_lifetime: float, random: float) -> float:
 
 
 def retry_delay(
-    failures: int, down_for: float, *, waited_for: bool, sqlstate: str | None, random: float
+    failures: int,
+    down_for: float,
+    *,
+    waited_for: bool,
+    sqlstate: str | None,
+    random: float,
+    asked: bool = False,
 ) -> float:
-    """How long to wait before the next probing connect, after `failures` in a row."""
+    """How long to wait before the next probing connect, after `failures` in a row.
+
+    `waited_for`: by a borrower; `asked`: by somebody who wants to know whether the pool is ready.
+    """
     if sqlstate == TOO_MANY_CONNECTIONS:
         return FULL_SERVER_DELAY * (1.0 + 0.1 * random)
     if failures <= len(FIRST_DELAYS):
@@ -63,6 +76,8 @@ def retry_delay(
         return SHORT_DELAY
     if waited_for:
         return WAITED_FOR_DELAY + WAITED_FOR_JITTER * random
+    if asked:
+        return ASKED_DELAY + ASKED_JITTER * random
     # 2 s of outage are about 12 failures: from there on the delay doubles.
     exponent = min(max(failures - 12, 0), 8)
     return float(min(LONGEST_DELAY, 0.4 * 2**exponent)) * (0.9 + 0.1 * random)

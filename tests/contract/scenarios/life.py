@@ -247,17 +247,66 @@ async def health_tells_down_from_busy(w):
     assert "down for" in repr(pool)
 
 
-@fake_scenario
-async def a_pool_that_nobody_has_tried_since_an_outage_is_ready(w):
+async def long_down(w, pool):
+    """An outage in which nobody has waited for long: the next attempt is half a minute away."""
     from penstock import ServerUnavailable
+    from penstock.clock import clock
     from penstock.testing import Mode
 
-    pool = w.pool(min_size=0)
     w.server.mode = Mode.DOWN
     with pytest.raises(ServerUnavailable):
         await pool.getconn(timeout=0.1)
-    await w.until(lambda: pool.health().ready)  # an attempt may have been under way
-    assert "nobody has tried since" in pool.health().why
+    await w.until(lambda: pool._machine.outage is not None and pool.stats().opening == 0)
+    outage = pool._machine.outage
+    outage.since, outage.failures = clock() - 3600.0, 100
+    if pool.stats().min_size:
+        await w.until(lambda: outage.next_for_nobody - clock() > 20.0)
+    return outage
+
+
+@fake_scenario
+async def a_pool_that_only_probes_ask_about_is_ready_soon_after_its_server(w):
+    from penstock.clock import clock
+    from penstock.testing import Mode
+
+    for min_size in (1, 0):
+        pool = w.pool(min_size=min_size)
+        outage = await long_down(w, pool)
+        assert not pool.health().ready
+        w.server.mode = Mode.UP
+        again = outage.next_for_nobody
+        await w.until(lambda pool=pool: pool.health().ready)
+        assert min_size == 0 or clock() < again, "the question brought the attempt forward"
+        await pool.close()
+
+
+@fake_scenario
+async def whoever_only_reads_the_figures_causes_no_attempt(w):
+    pool = w.pool(min_size=1)
+    await long_down(w, pool)
+    failures = pool.stats().open_failures
+    for _ in range(100):
+        repr(pool)
+        assert pool.stats().open_failures == failures
+        await w.runtime.pause()
+
+
+@fake_scenario
+async def opening_that_waits_for_the_second_connection_has_it_tried_on(w):
+    from penstock.testing import Mode
+
+    pool = w.pool(min_size=1, max_size=2)
+    await pool.open(wait=True)
+    w.server.mode = Mode.FULL
+    await pool.resize(2)
+    await w.until(lambda: pool._machine.outage is not None and pool.stats().opening == 0)
+    outage = pool._machine.outage
+    outage.since -= 3600.0
+    outage.failures, outage.next_for_nobody = 100, outage.next_for_nobody + 3600.0
+    opening = w.spawn(pool.open(wait=True))
+    w.server.mode = Mode.UP
+    await w.until(lambda: pool.stats().idle == 2)
+    await opening.join()
 
 
 @scenario
