@@ -9,6 +9,8 @@ Locks: none.
 
 from __future__ import annotations
 
+import traceback
+from pathlib import PurePath
 from typing import TypeVar
 
 ErrorT = TypeVar("ErrorT", bound=BaseException)
@@ -25,3 +27,21 @@ def without_frames(error: ErrorT) -> ErrorT:
             found.__traceback__ = None
             pending += [found.__cause__, found.__context__]
     return error
+
+
+_RAISED = "raised in "
+
+
+def place_noted(error: BaseException) -> str:
+    """Where an error was raised, which becomes a note of it: for errors that are about to lose their frames."""
+    for note in getattr(error, "__notes__", ()):
+        if note.startswith(_RAISED):
+            return str(note)
+    places = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    if not places:
+        return ""
+    code, line = places[-1]
+    path = "/".join(PurePath(code.co_filename).parts[-2:])
+    note = f"{_RAISED}{code.co_name}, {path}:{line}"
+    error.add_note(note)
+    return note

@@ -10,6 +10,7 @@ each call belongs to the worker that makes it.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ from penstock.alarm import Alarm
 from penstock.clock import clock
 from penstock.config import application_name
 from penstock.conninfo import Wrong, read
-from penstock.frames import without_frames
-from penstock.secret import Hidden, Secret
+from penstock.frames import place_noted, without_frames
+from penstock.secret import Hidden, Secret, lifted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     #: Name of the setting, path, time of the last change, size, inode.
     Files = tuple[tuple[str, str, int, int, int], ...]
@@ -65,6 +66,12 @@ _FILES: Final = {
     "sslrootcert": "PGSSLROOTCERT",
     "sslcrl": "PGSSLCRL",
 }
+
+#: Errors of a program, whoever wrote it. Not RuntimeError: "can't start new thread" heals.
+_BUGS: Final = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
+    *(NotImplementedError, RecursionError, SyntaxError, TypeError, ValueError),
+)
 
 #: How many failures' diagnoses are remembered.
 REMEMBERED: Final = 4
@@ -127,10 +134,11 @@ class Opener:
     def recipe_of(self, conninfo: Hidden[str], kwargs: Hidden[Mapping[str, Any] | None]) -> Recipe:
         """The recipe for what the user's callables returned, or what stands in their place."""
         config = self._config
+        _refuse_other_types(conninfo, kwargs)
         self.where = where_of(conninfo, kwargs)
         return Recipe(
             conninfo=conninfo.value,
-            kwargs=dict(kwargs.value or {}),
+            kwargs=lifted(dict(kwargs.value or {})),
             connection_class=config.connection_class,
             application_name=application_name(self._name),
             autocommit=config.autocommit,
@@ -231,6 +239,8 @@ class Opener:
 
     def known(self, error: BaseException) -> Failure | None:
         """Why `open` raised `error`, where no driver need be asked."""
+        bug = _is_bug(error, self._driver)
+        place = place_noted(error) if bug else ""
         without_frames(error)  # they would keep the pool, and what it holds, alive
         if isinstance(error, ConfigureError):
             return self._explain_configure(error)
@@ -240,6 +250,9 @@ class Opener:
             return Failure(cause, heals=False, sqlstate=None, text=text, next_step=_STEP_RECIPE)
         if not isinstance(error, Exception):  # SystemExit in a callable, say
             return Failure(error, heals=False, sqlstate=None, text=one_line(error))
+        if bug:
+            text = f"{one_line(error)} ({place})" if place else one_line(error)
+            return Failure(error, heals=False, sqlstate=None, text=text, next_step=_STEP_BUG)
         remembered = self._known.get(_key(error))
         return None if remembered is None else _failure(error, remembered)
 
@@ -342,6 +355,27 @@ def where_of(conninfo: Hidden[str], kwargs: Hidden[Mapping[str, Any] | None]) ->
     return f'"{host}" port {port}' if host else f"the local socket, port {port}"
 
 
+def _refuse_other_types(conninfo: Hidden[str], kwargs: Hidden[Mapping[str, Any] | None]) -> None:
+    """Raise TypeError if a callable of the user returned something else than it must."""
+    if not isinstance(conninfo.value, str):
+        kind = type(conninfo.value).__name__
+        raise TypeError(f"conninfo= returned a value of type {kind}, not a text")
+    if not (kwargs.value is None or isinstance(kwargs.value, Mapping)):
+        kind = type(kwargs.value).__name__
+        raise TypeError(f"kwargs= returned a value of type {kind}, not a mapping")
+
+
+def _is_bug(error: BaseException, driver: Any) -> bool:
+    """Whether the program, or a library, raised `error` by mistake: the next attempt would raise it again.
+
+    Not counted: errors that are the network's or the driver's own as well (a certificate that does not
+    pass is a ValueError), and texts of a server that cannot be decoded.
+    """
+    return isinstance(error, _BUGS) and not isinstance(
+        error, (OSError, UnicodeError, driver.operational_error, driver.interface_error)
+    )
+
+
 def _key(error: BaseException) -> tuple[type, str]:
     return type(error), str(error)
 
@@ -372,6 +406,10 @@ def park_new(link: Any) -> None:
 
 _STEP_CONFIGURE: Final = (
     "look at configure=: it is the program's own; it must end without error, idle"
+)
+_STEP_BUG: Final = (
+    "it is a mistake in the program or in a library, not the server's: look at the place above, at kwargs= and at "
+    "the classes given to the pool (connection_class=, cursor_factory=)"
 )
 _STEP_RECIPE: Final = "look at the callable given as conninfo= or kwargs=: it must return them"
 

@@ -21,6 +21,23 @@ from tests.contract.runtimes import settled
 _numbers = itertools.count(1)
 
 
+class WithBug:
+    """A driver of which `open` raises an error; all else is as it was."""
+
+    def __init__(self, driver, error, *, asynchronous):
+        def trouble_of(_recipe, _seconds):
+            raise error
+
+        async def trouble_of_a_task(_recipe, _seconds):
+            trouble_of(_recipe, _seconds)
+
+        self._driver = driver
+        self.open = trouble_of_a_task if asynchronous else trouble_of
+
+    def __getattr__(self, name):
+        return getattr(self._driver, name)
+
+
 class Answers(dict):
     """A fake server's answers: ``select <number>`` gives that number."""
 
@@ -45,6 +62,9 @@ class Fake:
 
     def options(self):
         return {"driver": self.driver}
+
+    def driver_whose_open_raises(self, error, *, asynchronous):
+        return WithBug(self.driver, error, asynchronous=asynchronous)
 
     async def ask(self, conn, query):
         cursor = await settled(conn.execute(query))
@@ -155,6 +175,10 @@ class Real:
 
     def options(self):
         return {"conninfo": self.conninfo, "driver": self.driver}
+
+    def driver_whose_open_raises(self, error, *, asynchronous):
+        driver = load(self.driver, asynchronous=asynchronous)
+        return WithBug(driver, error, asynchronous=asynchronous)
 
     @property
     def operational_error(self):

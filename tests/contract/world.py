@@ -102,6 +102,10 @@ class World:
         self._pools.append(pool)
         return pool
 
+    def driver_whose_open_raises(self, error):
+        """This database's driver, but for a bug in its `open`."""
+        return self.db.driver_whose_open_raises(error, asynchronous=self.runtime.asynchronous)
+
     def forget(self, pool):
         """Do not hold this pool: it is to be dropped."""
         self._pools.remove(pool)

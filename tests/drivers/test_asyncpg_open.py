@@ -501,7 +501,6 @@ def test_a_bad_value_of_an_option_does_not_heal(server: Server) -> None:
     async def main() -> None:
         assert not (await diagnosis_of("host=127.0.0.1 port=abc")).heals
         assert not (await diagnosis_of(server.conninfo(sslmode="sometimes"))).heals
-        assert not (await diagnosis_of("", kwargs={"statement_cache_size": -1})).heals
         found = await diagnosis_of(server.conninfo(), kwargs={"server_settings": {"no": "x"}})
         assert (found.sqlstate, found.heals) == ("42704", False)
 

@@ -27,8 +27,8 @@ from penstock._drivers.asyncpg_passfile import password_for
 from penstock._drivers.asyncpg_tls import tls_options
 from penstock._drivers.side_threads import call_aside
 from penstock.conninfo import KEYWORDS, Wrong, read, to_url
-from penstock.frames import without_frames
-from penstock.secret import Secret, is_secret
+from penstock.frames import place_noted, without_frames
+from penstock.secret import Hidden, Secret, is_secret
 
 if TYPE_CHECKING:
     from penstock._drivers.protocol import Recipe
@@ -81,12 +81,16 @@ _ENVIRONMENT: Final = {
     "target_session_attrs": "PGTARGETSESSIONATTRS",
     "load_balance_hosts": "PGLOADBALANCEHOSTS",
 }
+# What asyncpg raises by itself; all else is a mistake in a program, whose place is worth knowing.
+_OF_ASYNCPG: Final = (asyncpg.PostgresError, asyncpg.InterfaceError)
 # Where servers put their sockets: what asyncpg tries, and libpq on Debian and elsewhere.
 _SOCKET_FOLDERS: Final = ("/run/postgresql", "/var/run/postgresql", "/tmp")  # noqa: S108
 
 
-def words_of(recipe: Recipe) -> tuple[Words, Words]:
+def words_of(recipe: Recipe) -> tuple[Words, Hidden[Words]]:
     """What was said in libpq's words, the environment's included, and in asyncpg's own.
+
+    asyncpg's own reach it as they are, since its encoder takes no subclass of str: so they are hidden.
 
     Raises:
         asyncpg.ClientConfigurationError: the string does not parse, or there is no such option. The
@@ -97,14 +101,14 @@ def words_of(recipe: Recipe) -> tuple[Words, Words]:
         raise asyncpg.ClientConfigurationError(
             f"the connection string does not parse: {found.what}", hint=found.hint
         )
-    words, options = found, {}
+    words, options = found, Hidden[Words]({})
     known = inspect.signature(asyncpg.connect).parameters.keys() - _NOT_OPTIONS
     for name in recipe.kwargs:
         key = "dbname" if name == "database" else name
         if key in KEYWORDS and not callable(recipe.kwargs[name]):
             words[key] = _as_libpq(recipe.kwargs[name], key)
         elif name in known:
-            options[name] = recipe.kwargs[name]
+            options.value[name] = recipe.kwargs[name]
         else:
             raise asyncpg.ClientConfigurationError(f"no connection option: {name}")
     words = {key: each for key, each in words.items() if each is not None}
@@ -256,14 +260,14 @@ async def connect(recipe: Recipe, cls: type[Any], deadline: float) -> Any:
         failures.clear()  # the error holds this frame, and this frame held it
 
 
-def _share_of(words: Words, options: Words, deadline: float, attempts_left: int) -> float:
+def _share_of(words: Words, options: Hidden[Words], deadline: float, attempts_left: int) -> float:
     now = monotonic()
     share = inf if deadline == inf else now + max(0.0, deadline - now) / attempts_left
     text = str(words.get("connect_timeout", "")).strip()
     # libpq: 0, negative or not a number is "no limit".
     limits = [float(text)] if text.strip("0").isdigit() else []
-    if options.get("timeout") is not None:
-        limits.append(float(options["timeout"]))
+    if options.value.get("timeout") is not None:
+        limits.append(float(options.value["timeout"]))
     return min([share, *(now + limit for limit in limits)])
 
 
@@ -290,16 +294,18 @@ def _merged(failures: list[Exception]) -> Exception:
 
 
 async def _connected(
-    attempt: Words, options: Words, recipe: Recipe, cls: type[Any], until: float
+    attempt: Words, options: Hidden[Words], recipe: Recipe, cls: type[Any], until: float
 ) -> Any:
     is_local = attempt["address"][0] in "/@"
-    tls = {} if is_local else tls_options(attempt, options)
     left = None if until == inf else max(0.001, until - monotonic())
-    account = _account(attempt, options)
-    given = {key: each for key, each in options.items() if key not in {"ssl", "direct_tls"}}
-    given |= {**account, **tls, "timeout": left, "connection_class": cls}
-    given |= _server_settings(attempt, options, recipe)
-    given |= {"host": attempt["address"], "port": int(attempt["port"])}
+    given = Hidden(
+        {key: each for key, each in options.value.items() if key not in {"ssl", "direct_tls"}}
+        | _account(attempt, options)
+        | ({} if is_local else tls_options(attempt, options))
+        | {"timeout": left, "connection_class": cls}
+        | _server_settings(attempt, options, recipe)
+        | {"host": attempt["address"], "port": int(attempt["port"])}
+    )
     where = attempt["host"] if is_local else f"{attempt['address']}:{attempt['port']}"
     with under_way.searching([attempt["port"]]):
         conn = await _connected_by(given, where)
@@ -307,62 +313,83 @@ async def _connected(
         return conn
 
 
-async def _connected_by(given: Words, where: str) -> Any:
+async def _connected_by(given: Hidden[Words], where: str) -> Any:
     """As `asyncpg.connect`, but its frames, which hold the password, are in no traceback."""
     failure: BaseException
     try:
-        return await asyncpg.connect(**given)
+        return await asyncpg.connect(**given.value)
     except BaseException as error:  # noqa: BLE001  raised below
         failure = error
     if isinstance(failure, TimeoutError) and not str(failure):
         raise TimeoutError(f"no connection to {where} in time")
+    if isinstance(failure, asyncpg.ConnectionDoesNotExistError):
+        _refuse_subclasses_of_str(given)
+    if isinstance(failure, Exception) and not isinstance(failure, (OSError, *_OF_ASYNCPG)):
+        place_noted(failure)
     try:
         raise without_frames(failure)
     finally:
         del failure  # it holds this frame, and this frame held it
 
 
-def _account(words: Words, options: Words) -> Words:
+def _refuse_subclasses_of_str(given: Hidden[Words]) -> None:
+    """Raise the TypeError that asyncpg 0.30 to 0.32 loses: its first message is encoded in a callback."""
+    for key, value in given.value["server_settings"].items():
+        kind = next((type(each).__name__ for each in (key, value) if type(each) is not str), None)
+        if kind is not None:
+            raise TypeError(
+                f"server_settings: asyncpg cannot send {key!s}, of type {kind}: it takes str itself only"
+            )
+
+
+def _account(words: Words, options: Hidden[Words]) -> Words:
     """User, database, password, and the words that asyncpg has under libpq's name."""
     user = words.get("user") or getpass.getuser()
     database = words.get("dbname") or user
-    password = options.get("password", words.get("password"))
+    password = _hidden_password(options.value.get("password", words.get("password")))
     if password is None:
-        password = password_for(words, user, database)
-    if isinstance(password, str):
-        # Called when it is sent, so that it is not in the connection's parameters; and asyncpg
-        # takes no subclass of str.
-        password = partial(str, Secret(password))
+        password = _hidden_password(password_for(words, user, database))
     kept = ("krbsrvname", "gsslib", "target_session_attrs")
     same = {key: words[key] for key in kept if key in words}
     return {"user": user, "database": database, "password": password, **same}
 
 
-def _server_settings(words: Words, options: Words, recipe: Recipe) -> Words:
+def _hidden_password(password: Any) -> Any:
+    """A password as asyncpg calls it when it is sent: so it is not in the connection's parameters."""
+    if not isinstance(password, str):
+        return password
+    return partial(str, Secret(password))  # asyncpg takes no subclass of str
+
+
+def _server_settings(words: Words, options: Hidden[Words], recipe: Recipe) -> Words:
     settings = {key: words[key] for key in ("options", "replication") if words.get(key)}
     name = words.get("application_name") or words.get("fallback_application_name")
     settings["application_name"] = name or recipe.application_name
-    return {"server_settings": {**settings, **(options.get("server_settings") or {})}}
+    return {"server_settings": {**settings, **(options.value.get("server_settings") or {})}}
 
 
 async def _connect_by_service(
-    words: Words, options: Words, recipe: Recipe, cls: type[Any], deadline: float
+    words: Words, options: Hidden[Words], recipe: Recipe, cls: type[Any], deadline: float
 ) -> Any:
     """With a service, asyncpg reads its file and looks names up itself, in the default executor."""
     if "service" not in inspect.signature(asyncpg.connect).parameters:
         raise asyncpg.ClientConfigurationError("service= needs asyncpg 0.31 or newer")
     own = frozenset(("application_name", "fallback_application_name", "options", "replication"))
-    kept = {
-        key: each
-        for key, each in words.items()
-        if key not in own and not key.startswith(("keepalive", "tcp_", "connect_", "load_"))
-    }
-    given = {**options, **_server_settings(words, options, recipe)}
-    until = _share_of(words, options, deadline, 1)
-    given["timeout"] = None if until == inf else max(0.001, until - monotonic())
-    return await _connected_by(
-        {"dsn": str(to_url(kept)), "connection_class": cls, **given}, "the service's server"
+    kept = Hidden(
+        {
+            key: each
+            for key, each in words.items()
+            if key not in own and not key.startswith(("keepalive", "tcp_", "connect_", "load_"))
+        }
     )
+    until = _share_of(words, options, deadline, 1)
+    left = None if until == inf else max(0.001, until - monotonic())
+    given = Hidden(
+        {"dsn": str(to_url(kept.value)), "connection_class": cls, **options.value}
+        | _server_settings(words, options, recipe)
+        | {"timeout": left}
+    )
+    return await _connected_by(given, "the service's server")
 
 
 # --- after connecting

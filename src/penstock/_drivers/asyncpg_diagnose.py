@@ -46,6 +46,6 @@ def _next_step(error: BaseException) -> str | None:
     # Exactly this class is what asyncpg raises about TLS, and nothing else does.
     if type(error) is ConnectionError and "rejected SSL" in str(error):
         return NO_TLS
-    if isinstance(error, (asyncpg.InterfaceError, TypeError, ValueError)):
+    if isinstance(error, asyncpg.InterfaceError):
         return _STEP_OPTIONS
     return None

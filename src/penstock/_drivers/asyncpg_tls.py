@@ -19,12 +19,14 @@ from penstock.conninfo import to_url
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from penstock.secret import Hidden
+
 _MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _FILES: Final = ("sslcert", "sslkey", "sslpassword", "sslrootcert", "sslcrl")
 _VERSIONS: Final = ("ssl_min_protocol_version", "ssl_max_protocol_version")
 
 
-def tls_options(words: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def tls_options(words: Mapping[str, Any], options: Hidden[dict[str, Any]]) -> dict[str, Any]:
     """The arguments `dsn`, `ssl` and `direct_tls` of asyncpg.connect() for one host.
 
     Args:
@@ -35,7 +37,7 @@ def tls_options(words: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
         asyncpg.ClientConfigurationError: a file is missing, or a word is wrong.
     """
     direct = {"direct_tls": True} if _is_direct(words, options) else {}
-    given = options.get("ssl")
+    given = options.value.get("ssl")
     if given is None or isinstance(given, str) or hasattr(given, "name"):
         mode = str(getattr(given, "name", given) or words.get("sslmode") or "prefer")
         mode = mode.replace("_", "-")
@@ -57,8 +59,8 @@ def tls_options(words: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
     return {"ssl": Named(context, _name(words)), **direct}
 
 
-def _is_direct(words: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
-    given = options.get("direct_tls")
+def _is_direct(words: Mapping[str, Any], options: Hidden[dict[str, Any]]) -> bool:
+    given = options.value.get("direct_tls")
     return words.get("sslnegotiation") == "direct" if given is None else bool(given)
 
 

@@ -59,7 +59,7 @@ def connection_params(recipe: Recipe) -> Params:
     """
     # All of them hidden: a password may sit under a misspelt name.
     given = {
-        key: Secret(value) if isinstance(value, str) else value
+        key: None if value is None else Secret(value)  # as psycopg: str(value)
         for key, value in recipe.kwargs.items()
         if key not in _DRIVER_OPTIONS
     }

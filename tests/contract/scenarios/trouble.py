@@ -76,6 +76,56 @@ async def a_bug_in_a_callable_is_told_from_a_server_that_is_down(w):
         assert isinstance(caught.value.__cause__, KeyError)
 
 
+BUGS = (
+    TypeError("Expected str, got Tenant"),
+    AttributeError("'NoneType' object has no attribute 'encode'"),
+    KeyError("tenant"),
+    ImportError("no module named gssapi"),
+    NameError("name 'tenent' is not defined"),
+    AssertionError("cannot be"),
+    ZeroDivisionError("division by zero"),
+)
+
+
+@scenario
+async def a_bug_out_of_a_connect_is_told_as_itself_and_not_tried_again(w):
+    for bug in BUGS:
+        with_bug = {**w.db.options(), "driver": w.driver_whose_open_raises(bug)}
+        pool = w.pool(**with_bug)
+        for _ in range(2):
+            with pytest.raises(ServerUnavailable) as caught:
+                await pool.getconn()
+            error = caught.value
+            assert error.__cause__ is bug
+            assert not error.heals
+            assert f"{type(bug).__name__}: {bug}" in str(error)
+            assert "in trouble_of" in str(error)  # where it was raised
+            assert "server runs" not in str(error)
+            assert "connection_class=" in str(error)  # the next step
+        assert pool.stats().open_failures <= 2
+        with pytest.raises(ServerUnavailable) as caught:
+            async with pool.dedicated():
+                pass
+        assert caught.value.__cause__ is bug
+        assert not caught.value.heals
+
+
+@fake_scenario
+async def a_callable_that_returns_something_else_is_told(w):
+    for option, given in (("conninfo", None), ("conninfo", b"host=db"), ("kwargs", ["user"])):
+
+        async def give(given=given):
+            return given
+
+        for source in (lambda given=given: given, w.callable(give)):
+            pool = w.pool(**{option: source})
+            with pytest.raises(ServerUnavailable, match=f"{option}=.*{type(given).__name__}") as it:
+                await pool.getconn()
+            assert "look at the callable" in str(it.value)
+            assert isinstance(it.value.__cause__, TypeError)
+            assert pool.stats().open_failures == 1
+
+
 @scenario
 async def the_address_may_be_a_callable_that_is_asked_for_each_connection(w):
     asked: list[str] = []
