@@ -11,8 +11,11 @@ the library's own connection together with what has to be remembered about it. F
 It must not know: any driver.
 """
 
+from penstock._drivers.adopting import NotAdopted
 from penstock._drivers.protocol import (
     Activity,
+    Adopts,
+    AsyncAdopts,
     AsyncDriver,
     AsyncLink,
     Diagnosis,
@@ -26,11 +29,14 @@ from penstock._drivers.protocol import (
 
 __all__ = [
     "Activity",
+    "Adopts",
+    "AsyncAdopts",
     "AsyncDriver",
     "AsyncLink",
     "Diagnosis",
     "Driver",
     "Link",
+    "NotAdopted",
     "Recipe",
     "Renewable",
     "Reply",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from penstock._drivers.adopting import ConnectRaised, NotAdopted
 from penstock._drivers.protocol import Activity, Diagnosis, Recipe
 from penstock.alarm import Alarm
 from penstock.clock import clock
@@ -248,6 +249,13 @@ class Opener:
             cause = error.__cause__ or error
             text = f"{error}: {one_line(cause)}"
             return Failure(cause, heals=False, sqlstate=None, text=text, next_step=_STEP_RECIPE)
+        if isinstance(error, ConnectRaised):
+            cause = error.__cause__ or error
+            text = f"{error}: {one_line(cause)}"
+            return Failure(cause, heals=False, sqlstate=None, text=text, next_step=error.next_step)
+        if isinstance(error, NotAdopted):
+            step = error.next_step
+            return Failure(error, heals=False, sqlstate=None, text=str(error), next_step=step)
         if not isinstance(error, Exception):  # SystemExit in a callable, say
             return Failure(error, heals=False, sqlstate=None, text=one_line(error))
         if bug:

@@ -23,6 +23,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 from flask import Flask
 
@@ -119,6 +120,8 @@ def close_pools(namespace: dict[str, Any]) -> None:
 def test_every_example_runs_and_prints_what_the_page_shows(page, tables, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # a block may import the file that another one is
+    for cls in (psycopg.Connection, psycopg.AsyncConnection):  # a tracer puts back something else
+        monkeypatch.setattr(cls, "connect", vars(cls)["connect"])
     for line, shown, printed in run_page(page, tables):
         assert same_but_for_figures(printed) == same_but_for_figures(shown), (
             f"{name_of(page)}:{line} shows another output than is printed:\n{printed}"

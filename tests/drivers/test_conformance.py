@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 from examples.pg8000_driver.pg8000_driver import Pg8000Driver
 
@@ -17,6 +18,9 @@ def conninfo(unix_dsn):
 class TestPsycopg(DriverConformance):
     driver = _drivers.load("psycopg")
 
+    def connected(self, conninfo):
+        return psycopg.connect(conninfo)
+
 
 class TestPsycopgOverTcp(TestPsycopg):
     @pytest.fixture
@@ -26,6 +30,9 @@ class TestPsycopgOverTcp(TestPsycopg):
 
 class TestPsycopgAsync(DriverConformance):
     driver = _drivers.load("psycopg", asynchronous=True)
+
+    def connected(self, conninfo):
+        return psycopg.AsyncConnection.connect(conninfo)
 
     async def run(self, conn, query):
         await conn.execute(query)

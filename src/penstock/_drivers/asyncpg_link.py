@@ -62,7 +62,8 @@ class AsyncpgLink:
     """One asyncpg connection, its protocol, and what it was like when new.
 
     Attributes:
-        conn: the connection that borrowers get.
+        conn: the connection that borrowers get: `real`, or a tracer's proxy of it.
+        real: asyncpg's connection.
         protocol: asyncpg's protocol object.
         lent: what stands in its place while it is lent: itself, or one that bounds statements.
         fd: the descriptor of its socket as it was when the link was opened.
@@ -85,6 +86,7 @@ class AsyncpgLink:
         "fd",
         "lent",
         "protocol",
+        "real",
         "touched",
     )
 
@@ -96,7 +98,7 @@ class AsyncpgLink:
         resets_session: bool,
         limit: StatementLimit | None = None,
     ) -> None:
-        self.conn = conn
+        self.conn = self.real = conn
         self.protocol = self.lent = conn._protocol
         if limit is not None:
             self.lent = LimitedProtocol(self.protocol, limit)
@@ -148,7 +150,7 @@ class AsyncpgLink:
         For a parked link that is clean. 15 ns where nobody has it.
         """
         if getrefcount(self.conn) > ALONE:
-            self.conn = renewed(self.conn, self.protocol)
+            self.conn = self.real = renewed(self.conn, self.protocol)
         return True
 
     def _settle(self) -> bool:

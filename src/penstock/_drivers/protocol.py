@@ -210,12 +210,41 @@ class Renewable(Protocol):
         """
 
 
+class Adopts(Protocol[ConnT]):
+    """What a driver has, besides, that can make a link of an open connection which somebody else made.
+
+    Such a driver also calls a connection class's own `connect`, and one that a tracer has put in the place of
+    the library's, and adopts what comes.
+    """
+
+    def adopt(self, conn: ConnT, recipe: Recipe, seconds: float | None) -> Link[ConnT]:
+        """Make a link, lent, of a connection or of a tracer's proxy of one (its ``__wrapped__``).
+
+        `Link.conn` is what was given: the object keeps its identity. Its settings as they are now are
+        those to go back to. Of the recipe all counts but what connects. `seconds` bound what is asked of
+        the server.
+
+        Raises:
+            NotAdopted: it is no open connection of the library, in the middle of something, or another
+                link's. It is left as it was.
+            Exception: the driver's errors, where the server does not answer. It is closed.
+        """
+
+
+class AsyncAdopts(Protocol[ConnT]):
+    """What an asyncio driver has, besides, that can adopt an open connection of the running loop's."""
+
+    async def adopt(self, conn: ConnT, recipe: Recipe, seconds: float | None) -> AsyncLink[ConnT]:
+        """Make a link, as `Adopts.adopt`."""
+
+
 class Driver(Protocol[ConnT]):
     """A database library.
 
     Beside what is below it may have `limits_statements`: True if it heeds a recipe's
     `statement_limit`. Without it, a pool that is told a `statement_timeout_client` refuses the driver.
     And `renews`: True if its links are `Renewable`; without it, a pool with `guard=True` refuses the driver.
+    And `adopt`, of `Adopts`.
     """
 
     name: str
@@ -321,6 +350,7 @@ class AsyncDriver(Protocol[ConnT]):
     Beside what is below it may have `limits_statements`: True if it heeds a recipe's
     `statement_limit`. Without it, a pool that is told a `statement_timeout_client` refuses the driver.
     And `renews`: True if its links are `Renewable`; without it, a pool with `guard=True` refuses the driver.
+    And `adopt`, of `AsyncAdopts`.
     """
 
     name: str

@@ -66,7 +66,7 @@ _ACTIVITY: Final = {
     3: Activity.IN_FAILED_TRANSACTION,
 }
 
-#: A link's references to its connection: `conn`, and `status`, which is bound to it.
+#: A link's references to its connection: `conn`, `real`, and `status`, which is bound to it.
 _OURS: Final = ALONE + 1
 
 #: How long the reset of a session may take at its return, in seconds: it is one round trip.
@@ -81,7 +81,8 @@ class Psycopg2Link:
     """One psycopg2 connection, the classes that it changes between, and what it was like when new.
 
     Attributes:
-        conn: the connection that borrowers get.
+        conn: the connection that borrowers get: `real`, or a tracer's proxy of it.
+        real: psycopg2's connection.
         fd: its descriptor as it was when the link was opened.
         live: its class while lent.
         dead: its class while parked.
@@ -102,12 +103,13 @@ class Psycopg2Link:
         "fd",
         "live",
         "odd_types",
+        "real",
         "status",
         "touched",
     )
 
     def __init__(self, conn: connection, classes: Classes, *, resets_session: bool) -> None:
-        self.conn = conn
+        self.conn = self.real = conn
         self.live, self.dead, self._inherited, self._tended = classes
         self.fd: int = conn.fileno()
         self._inode = os.fstat(self.fd).st_ino

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 import psycopg
 from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
 
+from penstock._drivers import psycopg3_adopt as adoption
 from penstock._drivers import psycopg3_connect as connecting
+from penstock._drivers import under_way
+from penstock._drivers.adopting import NotAdopted, called
 from penstock._drivers.protocol import Diagnosis, Recipe, Reply
 from penstock._drivers.psycopg3_diagnose import diagnose
 from penstock._drivers.psycopg3_guard import Settings
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
     from psycopg.pq.abc import PGconn
 
+    from penstock._drivers.adopting import OwnConnect
+
 
 class Psycopg3Link(PgconnLink):
     """One synchronous psycopg connection."""
@@ -53,7 +58,7 @@ class Psycopg3Link(PgconnLink):
         Raises:
             psycopg.OperationalError: the server did not answer that question, or not in time.
         """
-        self._settings = Settings(self.conn)
+        self._settings = Settings(self.real)
         if self._reset is not None:
             self._learn(ask(self.handle, self.fd, LEARN, deadline_in(seconds)))
 
@@ -72,9 +77,18 @@ class Psycopg3Link(PgconnLink):
         autocommit = attributes["_autocommit"]
         try:
             attributes["_autocommit"] = True
-            return _detached(self.conn.execute(query, params))
+            return _detached(self._executed(query, params))
         finally:
             attributes["_autocommit"] = autocommit
+
+    def _executed(self, query: Any, params: Any) -> psycopg.Cursor[Any]:
+        if self.conn is self.real:
+            return self.real.execute(query, params)
+        cursor: psycopg.Cursor[Any] = (
+            self.conn.cursor()
+        )  # which is what all proxies of tracers trace
+        cursor.execute(query, params)
+        return cursor
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
         """Set run-time parameters for the transaction, which this begins if none is open.
@@ -87,7 +101,7 @@ class Psycopg3Link(PgconnLink):
         """
         if not settings:
             return
-        conn = self.conn
+        conn = self.real
         if begin := self._begin_first():
             conn.execute(begin)
         # psycopg's own cursor: the user's may have other placeholders.
@@ -182,16 +196,21 @@ class Psycopg3Driver(PsycopgDriver):
     def open(self, recipe: Recipe, seconds: float | None) -> Psycopg3Link:
         """Connect within `seconds`, name look-up included; the link is lent.
 
-        The connection is what ``connection_class.connect()`` would make of the same arguments,
-        except that this class method is not called, so that one overridden there is not heard.
+        The connection is what ``connection_class.connect()`` would make of the same arguments. Where that
+        is not psycopg's own function, or a tracer has replaced it, it is called.
         The resolver cannot be bounded: a dead one holds the caller for its own time-outs.
 
         Raises:
             psycopg.OperationalError: no connection; the text has the server's or libpq's words.
             psycopg.errors.ConnectionTimeout: not in time.
             psycopg.ProgrammingError: the connection string or an option is wrong.
+            ConnectRaised: a `connect` that is not psycopg's raised what psycopg does not raise.
+            NotAdopted: what it gave cannot be lent.
         """
         deadline = deadline_in(seconds)
+        own = adoption.own_connect(recipe, psycopg.Connection)
+        if own is not None:
+            return self._opened_by(own, recipe, deadline)
         params = connecting.connection_params(recipe)
         handle = connecting.connect(params, deadline)
         try:
@@ -199,6 +218,47 @@ class Psycopg3Driver(PsycopgDriver):
         except BaseException:
             handle.finish()
             raise
+
+    def _opened_by(self, own: OwnConnect, recipe: Recipe, deadline: float) -> Psycopg3Link:
+        """A link of what a function gives that is not psycopg's own. It waits as it likes."""
+        conninfo, options, ports = adoption.arguments(recipe, deadline)
+        with under_way.searching(ports):
+            try:
+                conn = called(own, (conninfo,), options, adoption.is_librarys)
+            except psycopg.OperationalError as error:
+                adoption.note_failure(error)
+                raise
+            adoption.note_socket(conn)
+        try:
+            return self.adopt(conn, recipe, adoption.seconds_left(deadline))
+        except NotAdopted as error:
+            if not error.taken:
+                adoption.end(conn)
+            raise error.of(own) from None
+
+    def adopt(
+        self, conn: psycopg.Connection[Any], recipe: Recipe, seconds: float | None
+    ) -> Psycopg3Link:
+        """Make a link of an open connection, or of a tracer's proxy of one; the link is lent.
+
+        Its settings as they are now are those to go back to. What becomes of an error of the server's: the
+        connection is closed.
+
+        Raises:
+            NotAdopted: it is closed, in the middle of something, or a pool's; it is left as it was.
+            psycopg.OperationalError: the session did not answer; it is closed.
+        """
+        real = adoption.checked(conn, psycopg.Connection)
+        in_front = () if recipe.statement_limit is None else (LimitsStatements,)
+        handle, touched = adoption.watch(real, recipe, *in_front)
+        try:
+            link = Psycopg3Link(real, handle, touched, resets_session=recipe.reset == "session")
+            link.conn = conn
+            _set_up(link, recipe, deadline_in(seconds))
+        except BaseException:
+            handle.finish()
+            raise
+        return link
 
     def diagnose(self, error: BaseException, recipe: Recipe, seconds: float | None) -> Diagnosis:
         """Tell why `open` raised `error`; may make one more attempt to learn the server's code.
@@ -214,10 +274,15 @@ def _linked(handle: PGconn, recipe: Recipe, deadline: float) -> Psycopg3Link:
     in_front = () if recipe.statement_limit is None else (LimitsStatements,)
     conn, touched = connection_over(handle, recipe, psycopg.Connection, *in_front)
     link = Psycopg3Link(conn, handle, touched, resets_session=recipe.reset == "session")
+    _set_up(link, recipe, deadline)
+    return link
+
+
+def _set_up(link: Psycopg3Link, recipe: Recipe, deadline: float) -> None:
+    handle = link.handle
     query = check_interval_query(handle, recipe.server_check_interval)
     if query is not None:
         check_set_up(handle, ask(handle, link.fd, query, deadline))
-    return link
 
 
 driver: Final = Psycopg3Driver()

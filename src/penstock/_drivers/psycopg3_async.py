@@ -13,13 +13,17 @@ What needs no waiting is in `psycopg3_link`, for this driver and the one for thr
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
 from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
 
+from penstock._drivers import psycopg3_adopt as adoption
 from penstock._drivers import psycopg3_connect as connecting
+from penstock._drivers import under_way
+from penstock._drivers.adopting import NotAdopted, awaited
 from penstock._drivers.awaiting import stop_awaiting
 from penstock._drivers.protocol import Diagnosis, Recipe, Reply
 from penstock._drivers.psycopg3_async_connect import connect
@@ -49,13 +53,14 @@ from penstock._drivers.psycopg3_link import (
 from penstock._drivers.psycopg3_reset import LEARN
 from penstock._drivers.psycopg3_wire import all_done, send
 from penstock._drivers.side_threads import call_aside
-from penstock._drivers.sockets import deadline_in
+from penstock._drivers.sockets import deadline_in, seconds_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from psycopg.pq.abc import PGconn, PGresult
 
+    from penstock._drivers.adopting import OwnConnect
     from penstock._drivers.protocol import StatementLimit
 
 
@@ -114,7 +119,7 @@ class AsyncPsycopg3Link(PgconnLink):
         Raises:
             psycopg.OperationalError: the server did not answer that question, or not in time.
         """
-        self._settings = Settings(self.conn)
+        self._settings = Settings(self.real)
         if self._reset is not None:
             self._learn(await self._ask(LEARN, deadline_in(seconds)))
 
@@ -134,9 +139,18 @@ class AsyncPsycopg3Link(PgconnLink):
         autocommit = attributes["_autocommit"]
         try:
             attributes["_autocommit"] = True
-            return await _detached(await self.conn.execute(query, params))
+            return await _detached(await self._executed(query, params))
         finally:
             attributes["_autocommit"] = autocommit
+
+    async def _executed(self, query: Any, params: Any) -> psycopg.AsyncCursor[Any]:
+        if self.conn is self.real:
+            return await self.real.execute(query, params)
+        cursor: psycopg.AsyncCursor[Any] = (
+            self.conn.cursor()
+        )  # which is what all proxies of tracers trace
+        await cursor.execute(query, params)
+        return cursor
 
     async def begin(self) -> None:
         """See to it that this borrow is not in autocommit: psycopg then begins by itself."""
@@ -154,7 +168,7 @@ class AsyncPsycopg3Link(PgconnLink):
         """
         if not settings:
             return
-        conn = self.conn
+        conn = self.real
         if begin := self._begin_first():
             await conn.execute(begin)
         # psycopg's own cursor: the user's may have other placeholders.
@@ -173,7 +187,7 @@ class AsyncPsycopg3Link(PgconnLink):
         """
         if self._has_nothing_to_commit():
             return
-        conn = self.conn
+        conn = self.real
         attributes = self.attributes
         if (
             attributes["_num_transactions"]
@@ -181,8 +195,9 @@ class AsyncPsycopg3Link(PgconnLink):
             or attributes["_pipeline"]
             or CUT_OFF in self.touched
             or type(conn).commit is not psycopg.AsyncConnection.commit
+            or conn is not self.conn
         ):
-            await conn.commit()
+            await self.conn.commit()
             return
         async with conn.lock:  # waits only for a statement of another task, as psycopg does
             conn._check_connection_ok()  # noqa: SLF001
@@ -334,8 +349,8 @@ class AsyncPsycopg3Driver(PsycopgDriver):
     async def open(self, recipe: Recipe, seconds: float | None) -> AsyncPsycopg3Link:
         """Connect within `seconds`, name look-up included; the link is lent.
 
-        The connection is what ``connection_class.connect()`` would make of the same arguments,
-        except that this class method is not called, so that one overridden there is not heard.
+        The connection is what ``connection_class.connect()`` would make of the same arguments. Where that
+        is not psycopg's own function, or a tracer has replaced it, it is called.
         Cancelled, it leaves nothing behind but a daemon thread, where a resolver does not answer.
 
         Raises:
@@ -343,8 +358,13 @@ class AsyncPsycopg3Driver(PsycopgDriver):
             psycopg.errors.ConnectionTimeout: not in time.
             psycopg.ProgrammingError: the connection string or an option is wrong, or the loop is
                 of a kind that psycopg cannot use.
+            ConnectRaised: a `connect` that is not psycopg's raised what psycopg does not raise.
+            NotAdopted: what it gave cannot be lent.
         """
         deadline = deadline_in(seconds)
+        own = adoption.own_connect(recipe, psycopg.AsyncConnection)
+        if own is not None:
+            return await self._opened_by(own, recipe, deadline)
         params = connecting.connection_params(recipe)
         try:
             handle = await connect(params, deadline)
@@ -357,6 +377,55 @@ class AsyncPsycopg3Driver(PsycopgDriver):
         except BaseException:
             handle.finish()
             raise
+
+    async def _opened_by(
+        self, own: OwnConnect, recipe: Recipe, deadline: float
+    ) -> AsyncPsycopg3Link:
+        """A link of what a function gives that is not psycopg's own. It looks up names as it likes."""
+        conninfo, options, ports = adoption.arguments(recipe, deadline)
+        limit = asyncio.timeout(seconds_to(deadline))
+        with under_way.searching(ports):
+            try:
+                async with limit:
+                    conn = await awaited(own, (conninfo,), options, adoption.is_librarys)
+            except psycopg.OperationalError as error:
+                adoption.note_failure(error)
+                raise
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise psycopg.errors.ConnectionTimeout("no connection in time") from None
+            adoption.note_socket(conn)
+        try:
+            return await self.adopt(conn, recipe, adoption.seconds_left(deadline))
+        except NotAdopted as error:
+            if not error.taken:
+                adoption.end(conn)
+            raise error.of(own) from None
+
+    async def adopt(
+        self, conn: psycopg.AsyncConnection[Any], recipe: Recipe, seconds: float | None
+    ) -> AsyncPsycopg3Link:
+        """Make a link of an open connection, or of a tracer's proxy of one; the link is lent.
+
+        Its settings as they are now are those to go back to.
+
+        Raises:
+            NotAdopted: it is closed, in the middle of something, or a pool's; it is left as it was.
+            psycopg.OperationalError: the session did not answer; it is closed.
+        """
+        real = adoption.checked(conn, psycopg.AsyncConnection)
+        handle, touched = adoption.watch(real, recipe, *_in_front(recipe, type(real)))
+        try:
+            link = AsyncPsycopg3Link(
+                real, handle, touched, resets_session=recipe.reset == "session"
+            )
+            link.conn = conn
+            await _set_up(link, recipe, deadline_in(seconds))
+        except BaseException:
+            handle.finish()
+            raise
+        return link
 
     async def diagnose(
         self, error: BaseException, recipe: Recipe, seconds: float | None
@@ -378,15 +447,22 @@ class AsyncPsycopg3Driver(PsycopgDriver):
 
 async def _linked(handle: PGconn, recipe: Recipe, deadline: float) -> AsyncPsycopg3Link:
     """Build the connection as psycopg's `connect()` would, and set the session up."""
-    kind = recipe.connection_class or psycopg.AsyncConnection
-    limits: tuple[type[Any], ...] = (AsyncLimitsStatements,) if recipe.statement_limit else ()
-    in_front = (*limits, *in_front_of(kind))
+    in_front = _in_front(recipe, recipe.connection_class or psycopg.AsyncConnection)
     conn, touched = connection_over(handle, recipe, psycopg.AsyncConnection, *in_front)
     link = AsyncPsycopg3Link(conn, handle, touched, resets_session=recipe.reset == "session")
-    query = check_interval_query(handle, recipe.server_check_interval)
-    if query is not None:
-        check_set_up(handle, await link._ask(query, deadline))  # noqa: SLF001
+    await _set_up(link, recipe, deadline)
     return link
+
+
+def _in_front(recipe: Recipe, kind: type[Any]) -> tuple[type[Any], ...]:
+    limits: tuple[type[Any], ...] = (AsyncLimitsStatements,) if recipe.statement_limit else ()
+    return (*limits, *in_front_of(kind))
+
+
+async def _set_up(link: AsyncPsycopg3Link, recipe: Recipe, deadline: float) -> None:
+    query = check_interval_query(link.handle, recipe.server_check_interval)
+    if query is not None:
+        check_set_up(link.handle, await link._ask(query, deadline))  # noqa: SLF001
 
 
 driver: Final = AsyncPsycopg3Driver()

@@ -57,20 +57,36 @@ def connection_params(recipe: Recipe) -> Params:
         psycopg.ProgrammingError: the connection string or an option is wrong. The text names no
             piece of the string: where parsing stops, libpq quotes what may be the password.
     """
+    known = _known_words() | _DRIVER_OPTIONS if recipe.kwargs else ()
+    if unknown := sorted(recipe.kwargs.keys() - known):
+        raise psycopg.ProgrammingError(f"no connection options: {', '.join(unknown)}")
+    return completed(said_params(recipe), recipe)
+
+
+def said_params(recipe: Recipe) -> Params:
+    """What the user said to libpq; keyword arguments that are not libpq's are left out.
+
+    Raises:
+        psycopg.ProgrammingError: the connection string is wrong, as in `connection_params`.
+    """
+    known = _known_words() if recipe.kwargs else ()
     # All of them hidden: a password may sit under a misspelt name.
     given = {
         key: None if value is None else Secret(value)  # as psycopg: str(value)
         for key, value in recipe.kwargs.items()
-        if key not in _DRIVER_OPTIONS
+        if key in known
     }
-    if unknown := sorted(given.keys() - _known_words()) if given else []:
-        raise psycopg.ProgrammingError(f"no connection options: {', '.join(unknown)}")
     params = _parsed(Secret(recipe.conninfo), given)
     if params is None:  # raised here, not in an `except`: libpq's text must not be its context
         raise psycopg.ProgrammingError(
             "the connection string cannot be parsed (not shown: it may hold a password)"
         )
-    params = {key: Secret(each) if is_secret(key) else each for key, each in params.items()}
+    return {key: Secret(each) if is_secret(key) else each for key, each in params.items()}
+
+
+def completed(params: Params, recipe: Recipe) -> Params:
+    """The same with the recipe's defaults."""
+    params = dict(params)
     if "application_name" not in params:
         # libpq's own rule for "unless the user names one": also by PGAPPNAME or a service file.
         params.setdefault("fallback_application_name", recipe.application_name)

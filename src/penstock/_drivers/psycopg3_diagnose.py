@@ -18,11 +18,11 @@ from psycopg.conninfo import make_conninfo
 
 from penstock._drivers import psycopg3_tls
 from penstock._drivers.protocol import Diagnosis
+from penstock._drivers.psycopg3_adopt import params_of
 from penstock._drivers.psycopg3_connect import (
     Params,
     attempts_of,
     connected,
-    connection_params,
     effective_params,
     share_of,
 )
@@ -129,7 +129,7 @@ def _cause_errno(error: BaseException) -> int:
 def diagnosis_by_trying(error: BaseException, recipe: Recipe, deadline: float) -> Diagnosis:
     """What one more attempt tells, at every address; blocks until the deadline at most."""
     text = one_line(error)
-    params = connection_params(recipe)
+    params = params_of(error, recipe)
     if not _are_valid_options(params):
         return Diagnosis(sqlstate=None, heals=False, text=text, next_step=_STEP_OPTIONS)
     findings = list(_findings(params, deadline, spoke_tls(error)))

@@ -264,6 +264,11 @@ def noted_of(conn: AnyConnection) -> set[str]:
     return touched
 
 
+def is_noted(conn: AnyConnection) -> bool:
+    """Whether a connection is watched already."""
+    return _NOTE in vars(conn)
+
+
 def forget_notes(conn: AnyConnection) -> None:
     """Let what becomes of this object be noted nowhere that anybody looks."""
     vars(conn)[_NOTE] = set()

@@ -22,6 +22,7 @@ import psycopg
 from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 
 from penstock._drivers.protocol import Activity
+from penstock._drivers.psycopg3_adopt import class_of
 from penstock._drivers.psycopg3_connect import driver_options
 from penstock._drivers.psycopg3_guard import (
     DEAD,
@@ -35,7 +36,7 @@ from penstock._drivers.psycopg3_limit import LIMIT
 from penstock._drivers.psycopg3_renewal import renewed
 from penstock._drivers.psycopg3_reset import reset_message
 from penstock._drivers.psycopg3_wire import all_done, send
-from penstock._drivers.renewal import ALONE
+from penstock._drivers.renewal import ALONE, is_held
 from penstock._drivers.sockets import READ, point_at_null, shut_down, wait
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class PgconnLink:
     """One psycopg connection, the handle that leads to the wire, and what it was like when new.
 
     Attributes:
-        conn: the connection that borrowers get.
+        conn: the connection that borrowers get: `real`, or a tracer's proxy of it.
+        real: psycopg's connection.
         handle: its libpq handle.
         fd: the handle's descriptor as it was when the link was opened.
         dead: what stands in for the handle while the link is parked.
@@ -88,15 +90,17 @@ class PgconnLink:
         "dead",
         "fd",
         "handle",
+        "real",
         "touched",
     )
 
     conn: Any  # of another class in each driver
+    real: Any
 
     def __init__(
         self, conn: AnyConnection, handle: PGconn, touched: set[str], *, resets_session: bool
     ) -> None:
-        self.conn = conn
+        self.conn = self.real = conn
         self.handle = handle
         self.dead = DEAD  # an attribute of each link: one of the class takes 3.11 40 ns to find
         self.fd: int = handle.socket
@@ -128,19 +132,27 @@ class PgconnLink:
     def renew(self) -> bool:
         """See to it that the next borrower's object is his alone: make a new one if anybody has this.
 
-        For a parked link that is clean. 15 ns where nobody has it.
+        For a parked link that is clean. 15 ns where nobody has it. False: the session is ended.
         """
-        if getrefcount(self.conn) > ALONE:
-            old = self.conn
-            self.conn = renewed(old, self.handle)
-            self._settings.follow(old, self.conn)
-            self.attributes = vars(self.conn)
+        if self.conn is not self.real:
+            return self._renew_in_proxy()
+        if getrefcount(self.real) > ALONE:
+            old = self.real
+            self.conn = self.real = renewed(old, self.handle)
+            self._settings.follow(old, self.real)
+            self.attributes = vars(self.real)
         return True
+
+    def _renew_in_proxy(self) -> bool:
+        if not is_held(self):
+            return True
+        self._finish()  # a tracer's proxy cannot be made again
+        return False
 
     def _settle(self) -> bool:
         if not self._is_at_rest() or self._is_inside_block():
             return False
-        self._settings.restore(self.conn)
+        self._settings.restore(self.real)
         return True
 
     def _is_at_rest(self) -> bool:
@@ -150,14 +162,14 @@ class PgconnLink:
         )
 
     def _is_inside_block(self) -> bool:
-        return is_inside_block(self.conn, self.touched)
+        return is_inside_block(self.real, self.touched)
 
     # --- without a word to the server
 
     @property
     def held(self) -> bool:
         """Whether psycopg's own lock is: by somebody in a call, or for ever, by one who was struck at its end."""
-        return bool(self.conn.lock.locked())
+        return bool(self.real.lock.locked())
 
     def activity(self) -> Activity:
         """What the session is doing, also while parked."""
@@ -202,15 +214,15 @@ class PgconnLink:
 
     def _begin_first(self) -> bytes | None:
         """What opens the transaction that `apply_settings` needs, where psycopg would open none."""
-        if self.conn.autocommit and self.handle.transaction_status == TransactionStatus.IDLE:
+        if self.real.autocommit and self.handle.transaction_status == TransactionStatus.IDLE:
             # With its isolation level.
-            return self.conn._get_tx_start_command()  # type: ignore[no-any-return]  # noqa: SLF001
+            return self.real._get_tx_start_command()  # type: ignore[no-any-return]  # noqa: SLF001
         return None
 
     def _rollback(self) -> bytes:
         # What psycopg's own rollback() does: the statements it has prepared may be about objects
         # that were made in this transaction. psycopg would send the second one by itself later.
-        prepared = self.conn._prepared  # noqa: SLF001
+        prepared = self.real._prepared  # noqa: SLF001
         if not prepared.clear():
             return b"ROLLBACK"
         prepared._to_flush.clear()  # noqa: SLF001
@@ -276,7 +288,7 @@ class PgconnLink:
         if ours:
             point_at_null(self.fd)
         if busy or (holds and not ours):
-            GRAVEYARD.append((self.conn, self.handle))
+            GRAVEYARD.append((self.conn, self.real, self.handle))
         else:
             self.handle.finish()
 
@@ -334,11 +346,7 @@ def connection_over(
     Raises:
         psycopg.ProgrammingError: the recipe's class is no subclass of `kind`.
     """
-    cls = recipe.connection_class or kind
-    if not issubclass(cls, kind):
-        raise psycopg.ProgrammingError(
-            f"connection_class={cls.__qualname__} is no subclass of psycopg.{kind.__name__}"
-        )
+    cls = class_of(recipe, kind)
     options = driver_options(recipe)
     conn: Any = watched(cls, *in_front)(handle)
     if recipe.statement_limit is not None:

@@ -15,20 +15,26 @@ from typing import Any, Final
 
 
 class _Link:
-    """What a link is to its connection: one reference, from an attribute."""
+    """What a link is to its connection: two references, from attributes."""
 
-    __slots__ = ("conn",)
+    __slots__ = ("conn", "real")
 
 
 def _references_of_one() -> int:
     link = _Link()
-    link.conn = object()  # type: ignore[attr-defined]  # a slot
+    link.conn = link.real = object()  # type: ignore[attr-defined]  # slots
     return getrefcount(link.conn)  # type: ignore[attr-defined]
 
 
-#: What `getrefcount(link.conn)` says when the link has the only reference. Counted and not written
+#: What `getrefcount(link.conn)` says when the link has the only references. Counted and not written
 #: down: it is another number where arguments are borrowed (CPython 3.14).
 ALONE: Final = _references_of_one()
+
+
+def is_held(link: Any) -> bool:
+    """Whether anybody but the link has the proxy that it lends, or the connection in the proxy."""
+    # The link has the proxy once, and the connection twice: itself, and by the proxy.
+    return bool(getrefcount(link.conn) >= ALONE or getrefcount(link.real) > ALONE)
 
 
 def followed(value: Any, old: Any, new: Any) -> Any:

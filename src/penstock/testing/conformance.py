@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from penstock.conninfo import parse, to_conninfo
-from penstock.drivers import Activity, Recipe, StatementLimit
+from penstock.drivers import Activity, NotAdopted, Recipe, StatementLimit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,6 +63,10 @@ class DriverConformance:
 
     #: What using a connection that was given back must raise; None: the driver's `interface_error`.
     given_back_error: type[Exception] | None = None
+
+    def connected(self, conninfo: str) -> Any:
+        """A connection of the library's own making, for a driver that has `adopt`; or a coroutine of one."""
+        raise NotImplementedError("a driver with adopt() says here how its library connects")
 
     # -- opening ----------------------------------------------------------------------------------
 
@@ -170,6 +174,48 @@ class DriverConformance:
             except self.driver.interface_error:
                 return
             raise AssertionError("the object that was held could be used")
+
+    def test_an_open_connection_is_adopted_where_the_driver_says_that_it_can(
+        self, conninfo: str
+    ) -> None:
+        if not hasattr(self.driver, "adopt"):
+            return
+        conn = self._do(self.connected(conninfo))
+        link = self._do(self.driver.adopt(conn, Recipe(), PATIENCE))
+        try:
+            assert link.conn is conn
+            assert self._value(link, "select 1") == 1
+            self._not_adopted(conn, "it is another link's")
+            self._do(link.prepare())
+            assert link.park() is True
+            self._not_adopted(conn, "it is nobody's just now")
+            link.lend()
+            self._run(link, "select 1")
+        finally:
+            self._do(link.close())
+        self._not_adopted(conn, "it is closed")
+        self._not_adopted(object(), "it is no connection")
+
+    def test_a_connection_in_a_transaction_is_not_adopted_and_stays_as_it_is(
+        self, conninfo: str
+    ) -> None:
+        if not hasattr(self.driver, "adopt"):
+            return
+        conn = self._do(self.connected(conninfo))
+        self._do(self.run(conn, "begin"))
+        self._not_adopted(conn, "it is in a transaction")
+        self._do(self.run(conn, "rollback"))
+        link = self._do(self.driver.adopt(conn, Recipe(), PATIENCE))
+        self._do(link.close())
+
+    def _not_adopted(self, conn: Any, because: str) -> None:
+        try:
+            self._do(self.driver.adopt(conn, Recipe(), PATIENCE))
+        except NotAdopted as error:
+            assert str(error)
+            assert error.next_step
+            return
+        raise AssertionError(f"it was adopted, though {because}")
 
     def test_a_transaction_left_open_is_not_clean_and_is_rolled_back(self, conninfo: str) -> None:
         with self._link(conninfo) as link:
