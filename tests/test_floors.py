@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent / "src"
 FLOORS = (
     {"_machine"},
     {"_drivers", "config", "errors", "events", "clock", "hub", "greenlets", "result", "redacted"}
-    | {"secret", "fork", "frames"}
+    | {"secret", "fork", "frames", "lock"}
     | {"conninfo", "sections", "inifile", "tomlfile", "settings", "sources"},
     {
         "threads",

@@ -27,8 +27,9 @@ import sys
 import threading
 import time
 import weakref
-from _thread import RLock  # native also where gevent has patched: nobody waits while he holds it
 from typing import TYPE_CHECKING, Protocol
+
+from penstock.lock import Lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -264,7 +265,7 @@ class _Turn:
     __slots__ = ("lock", "runner")
 
     def __init__(self) -> None:
-        self.lock = RLock()
+        self.lock = Lock()
         self.runner = 0  # ident of the thread that runs it
 
 

@@ -5,9 +5,7 @@ of `gunicorn --preload -k gevent` patches long after the application was importe
 made. So nothing here is decided at import. Each question is asked when something is made (a gate for
 one who waits, the keeper, the watcher), and again in a forked child, where all of it is made anew.
 
-Locks are native in both cases (`Lock`): ours are held for one move and never while anything waits, so
-that no greenlet is ever switched out with one, and a patched lock is Python code that an interrupt
-can leave locked.
+Locks are native in both cases (`Lock`, see lock.py).
 
 It must not know: pools, slots, drivers. gevent is imported by `greenlets.py`, which is imported only
 where gevent has patched.
@@ -20,14 +18,16 @@ import queue
 import sys
 import threading
 from _queue import SimpleQueue  # the native one, whatever is patched
-from _thread import RLock, _local
+from _thread import _local
 from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from penstock import lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from types import FrameType, ModuleType
 
-Lock: Final = RLock
+Lock: Final = lock.Lock
 
 # The runner of each thread. Not `threading.current_thread()`: once gevent has patched, that tells a
 # thread of before that it is another one.

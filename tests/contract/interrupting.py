@@ -52,22 +52,35 @@ class Tripwire:
         if hasattr(sys, "monitoring"):
             _monitor(self._module.on_instruction, self._files)
 
-    def run(self, act, k, *, hostile=False):
+    def run(self, act, k, *, hostile=False, again=0):
         """Run `act` with the wire at instruction k. Gives the interrupt's place, or None; and the count.
+
+        `again`: so many instructions later a second signal comes; -1: one at each instruction from there on.
 
         The place is where KeyboardInterrupt was raised. Nothing of the exception is kept, as a program
         that goes on after Ctrl-C keeps nothing.
         """
-        place = None
+        traceback = None
         try:
-            self._module.arm(self._files, k, hostile)
+            self._module.arm(self._files, k, hostile, again)
             next(_by_itself(act))
             _look_for_signals()
         except KeyboardInterrupt as interrupt:
-            place = _place(interrupt.__traceback__)
-        finally:
-            count = self._module.disarm()
+            traceback = interrupt.__traceback__  # no call here: a second signal may be pending
+        count = None
+        while count is None:
+            try:  # noqa: SIM105  contextlib.suppress would be a call
+                count = self._disarm()
+            except KeyboardInterrupt:
+                pass
+        place = None if traceback is None else _place(traceback)
+        del traceback
         return place, count
+
+    def _disarm(self):
+        count = self._module.disarm()
+        _look_for_signals()
+        return count
 
 
 def _by_itself(act):

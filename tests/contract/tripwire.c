@@ -1,11 +1,12 @@
 /* A tripwire: pulls SIGINT, or raises KeyboardInterrupt, at the k-th bytecode instruction that the
  * calling thread runs in the given source files.
  *
- * arm(prefixes, k, raise): prefixes is a tuple of beginnings of file names; k counts from 1, 0 never
+ * arm(prefixes, k, raise, again): prefixes is a tuple of beginnings of file names; k counts from 1, 0 never
  * pulls. On 3.11 it sets a trace function; later the caller has registered `on_instruction` with
  * sys.monitoring for the code of these files (3.13.0 loses opcode events of trace functions). With raise false the real way is taken: PyErr_SetInterrupt() does what the C signal handler
  * does, and KeyboardInterrupt is raised where the interpreter next looks for signals, and only there.
  * With raise true it is raised at the instruction itself, which no signal can do.
+ * again: so many instructions later it is pulled once more, the real way; 0: never; -1: at each from there on.
  * disarm(): how many instructions were counted since arm().
  *
  * In C, because a trace function in Python would itself be looked at for signals.
@@ -16,6 +17,7 @@
 static PyObject *prefixes = NULL;
 static long counted = 0;
 static long pull_at = 0;
+static long pull_again = 0;
 static int raises = 0;
 static unsigned long armed_in = 0;
 
@@ -23,7 +25,13 @@ static unsigned long armed_in = 0;
 static int
 step(void)
 {
-    if (++counted != pull_at) {
+    counted++;
+    if (pull_at > 0 && counted > pull_at
+        && (pull_again < 0 || (pull_again > 0 && counted == pull_at + pull_again))) {
+        PyErr_SetInterrupt();
+        return 0;
+    }
+    if (counted != pull_at) {
         return 0;
     }
     if (raises) {
@@ -110,13 +118,15 @@ arm(PyObject *self, PyObject *args)
     PyObject *given;
     long k;
     int how;
-    if (!PyArg_ParseTuple(args, "O!lp", &PyTuple_Type, &given, &k, &how)) {
+    long again;
+    if (!PyArg_ParseTuple(args, "O!lpl", &PyTuple_Type, &given, &k, &how, &again)) {
         return NULL;
     }
     Py_INCREF(given);
     Py_XSETREF(prefixes, given);
     counted = 0;
     pull_at = k;
+    pull_again = again;
     raises = how;
     start();
     Py_RETURN_NONE;
@@ -130,7 +140,7 @@ disarm(PyObject *self, PyObject *unused)
 }
 
 static PyMethodDef methods[] = {
-    {"arm", arm, METH_VARARGS, "arm(prefixes, k, raise)"},
+    {"arm", arm, METH_VARARGS, "arm(prefixes, k, raise, again)"},
     {"disarm", disarm, METH_NOARGS, "How many instructions were counted."},
     {"on_instruction", on_instruction, METH_VARARGS, "For sys.monitoring, INSTRUCTION."},
     {NULL, NULL, 0, NULL},

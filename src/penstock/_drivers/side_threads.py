@@ -18,6 +18,8 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from penstock.lock import Lock
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
@@ -57,7 +59,7 @@ class SideThreads:
 
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit = limit
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._calls: dict[Hashable, _Call] = {}  # queued or under way
         self._queue: deque[_Call] = deque()
         self._threads = 0
