@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent / "src"
 FLOORS = (
     {"_machine"},
     {"_drivers", "config", "errors", "events", "clock", "hub", "greenlets", "result", "redacted"}
-    | {"secret", "fork", "frames", "lock"}
+    | {"secret", "fork", "frames", "lock", "stacks"}
     | {"conninfo", "sections", "inifile", "tomlfile", "settings", "sources"},
     {
         "threads",
@@ -37,7 +37,6 @@ FLOORS = (
         "upkeep",
         "dedicated",
         "alarm",
-        "with_blocks",
         "statement_limit",
         *(
             "async_lease",

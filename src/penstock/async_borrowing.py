@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock import fork, watch
 from penstock._drivers.protocol import Activity
-from penstock._machine.machine import Phase, Refusal, Verdict, Waiter
+from penstock._machine.machine import Phase, Verdict, Waiter
 from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Reason, Slot, SlotState
 from penstock.async_opening import called
@@ -43,8 +43,7 @@ from penstock.borrowing import (
     TIDY_SECONDS,
     GivenBack,
     explain_by,
-    first_of_caller,
-    is_on_stack,
+    kept_on_stack,
     left_in,
     notice_fork,
 )
@@ -52,10 +51,9 @@ from penstock.clock import clock
 from penstock.errors import ConfigError, PenstockError, called_at
 from penstock.statement_limit import within
 from penstock.upkeep import LONGEST_SLEEP
-from penstock.with_blocks import is_inside_with
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
 _log = logging.getLogger("penstock")
 
@@ -110,6 +108,7 @@ class AsyncBorrowing(AsyncUpkeep):
         gate = Gate(loop)
         waiter = Waiter(0 if task is None else id(task), gate.open)
         try:
+            waiter.keeps = self._kept(waiter.owner)
             self._queue_up(waiter)
             return await self._wait(waiter, gate, seconds)
         except BaseException:
@@ -130,20 +129,11 @@ class AsyncBorrowing(AsyncUpkeep):
     def _queue_up(self, waiter: Waiter) -> None:
         self._bring_orphans_home()
         self._carry_out(self._machine.queue_up(waiter, clock()))
-        if waiter.refusal is Refusal.DEADLOCK and not self._holds_visibly(waiter.owner):
-            # Another task may end what this one has begun, or it has the number of a task that is
-            # gone: it may wait.
-            waiter.owner, waiter.refusal = 0, None
-            self._carry_out(self._machine.queue_up(waiter, clock()))
 
-    def _holds_visibly(self, me: int) -> bool:
-        """Whether the running task is seen to hold a connection that it took."""
-        if is_inside_with(first_of_caller(sys._getframe())):
-            return True
-        mine = {
-            id(slot.link.conn) for slot in self._machine.slots() if slot.holder == me and slot.link
-        }
-        return is_on_stack(mine, sys._getframe())
+    def _kept(self, me: int) -> Collection[int]:
+        """Serials of the connections that stay lent while the running task waits."""
+        held = self._machine.held_by(me) if me else {}
+        return kept_on_stack(held, sys._getframe()) if held else ()
 
     async def _wait(self, waiter: Waiter, gate: Gate, seconds: float) -> Slot:
         began = clock()

@@ -22,9 +22,9 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock import fork, hub, keeper, watch
+from penstock import fork, hub, keeper, stacks, watch
 from penstock._drivers.protocol import Activity
-from penstock._machine.machine import Phase, Refusal, Verdict, Waiter
+from penstock._machine.machine import Phase, Verdict, Waiter
 from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Slot, SlotState
 from penstock.alarm import Alarm
@@ -32,10 +32,9 @@ from penstock.clock import clock
 from penstock.errors import ConfigError, PenstockError, PoolTimeout, called_at
 from penstock.statement_limit import within
 from penstock.upkeep import LONGEST_SLEEP, Upkeep
-from penstock.with_blocks import is_inside_with
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from types import FrameType
 
 #: How long bringing a connection back to a clean state may take at the return, in seconds: a
@@ -84,6 +83,7 @@ class Borrowing(Upkeep):
         gate = hub.gate()
         waiter = Waiter(threading.get_ident(), partial(gate.put, None))
         try:
+            waiter.keeps = self._kept()
             self._queue_up(waiter)
             return self._wait(waiter, gate, seconds)
         except BaseException:
@@ -94,26 +94,11 @@ class Borrowing(Upkeep):
         with self._lock:
             orders = self._machine.queue_up(waiter, clock())
         self._carry_out(orders)
-        if waiter.refusal is Refusal.DEADLOCK and not self._holds_visibly():
-            # It entered a lease that another thread may end (executors run the two halves of a
-            # dependency in different threads), or has the number of a thread that did: it may wait.
-            waiter.owner, waiter.refusal = 0, None
-            with self._lock:
-                orders = self._machine.queue_up(waiter, clock())
-            self._carry_out(orders)
 
-    def _holds_visibly(self) -> bool:
-        """Whether the calling thread is seen to hold a connection that it took.
-
-        It stands in a variable on the stack, or the line that asks is inside a `with` block.
-        """
-        if is_inside_with(first_of_caller(sys._getframe())):
-            return True
-        me = threading.get_ident()
-        mine = {
-            id(slot.link.conn) for slot in self._machine.slots() if slot.holder == me and slot.link
-        }
-        return is_on_stack(mine, sys._getframe())
+    def _kept(self) -> Collection[int]:
+        """Serials of the connections that stay lent while the calling thread waits."""
+        held = self._machine.held_by(threading.get_ident())
+        return kept_on_stack(held, sys._getframe()) if held else ()
 
     def _wait(self, waiter: Waiter, gate: hub.Gate, seconds: float) -> Slot:
         began = clock()
@@ -528,23 +513,11 @@ class GivenBack(Exception):  # noqa: N818  never raised: it stands for "roll bac
     """What putconn() tells a lease instead of an exception, to have it rolled back."""
 
 
-def first_of_caller(top: FrameType | None) -> FrameType | None:
-    """The innermost frame that is not penstock's."""
-    frame = top
-    while frame is not None and str(frame.f_globals.get("__name__")).startswith("penstock."):
-        frame = frame.f_back
-    return frame
-
-
-def is_on_stack(ids: set[int], top: FrameType | None) -> bool:
-    """Whether one of these objects (by `id`) is in a local variable of a frame of this stack."""
-    frame = top
-    while frame is not None:
-        # Copied: a module's variables are the module's own.
-        if any(id(value) in ids for value in list(frame.f_locals.values())):
-            return True
-        frame = frame.f_back
-    return False
+def kept_on_stack(held: Mapping[int, Any], top: FrameType) -> Collection[int]:
+    """Those of the links (by serial) whose connections this stack keeps from being given back."""
+    serials = {id(link.conn): serial for serial, link in held.items()}
+    sights = stacks.seen(serials, top)
+    return {serials[number] for number, sight in sights.items() if sight.kept}
 
 
 def notice_fork() -> None:

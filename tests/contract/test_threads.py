@@ -12,7 +12,6 @@ import pytest
 
 from penstock import (
     ConnectionPool,
-    MisuseError,
 )
 from penstock.testing import FakeDriver
 
@@ -113,13 +112,3 @@ def test_a_child_that_leaves_the_parents_block_ends_nothing(make_pool, fake):
         pool.after_fork_in_child()  # as the hook does, in this very process
     assert [text for _, text in fake.statements] == ["insert"]
     fake.sessions.clear()
-
-
-def test_a_borrower_that_would_wait_for_itself_is_told_without_a_variable_too(make_pool):
-    pool = make_pool(max_size=1)
-    with pytest.raises(MisuseError), pool.connection(), pool.connection():
-        pass
-    with pool.connection(), pytest.raises(MisuseError, match="wait for itself"):
-        pool.getconn()
-    with pool.connection():
-        pass

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import io
+import linecache
 import os
 import re
 import socket
@@ -91,9 +92,11 @@ def run_page(page: Path, server: Server) -> list[tuple[int, str, str]]:
                 Path(named["name"]).write_text(text, encoding="utf-8")
             if block.language == "python":
                 source = "\n" * (block.line - 1) + with_real_dsn(block.text, server)
-                output = io.StringIO()
+                output, name = io.StringIO(), name_of(page)
+                # As a reader's file has it: the pool reads which `with` a borrower is in.
+                linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
                 with contextlib.redirect_stdout(output):
-                    exec(compile(source, name_of(page), "exec"), namespace)
+                    exec(compile(source, name, "exec"), namespace)
                 printed = output.getvalue()
             elif block.language == "sql":
                 for statement in filter(str.strip, block.text.split(";")):

@@ -117,10 +117,10 @@ def a_greenlet_that_waits_for_itself_is_told_and_no_other(bench, pool):
         pass  # from here on an idle one is found
 
     def borrow_twice():
-        with pool.connection():
+        with pool.connection() as conn:
             try:
                 with pool.connection():
-                    raise AssertionError("there is only one")
+                    raise AssertionError(f"there is only one: {conn}")
             except MisuseError:
                 return "told"
 

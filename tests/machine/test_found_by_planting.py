@@ -70,6 +70,7 @@ def test_who_holds_what_another_thread_may_give_back_is_no_deadlock():
     held = take(machine, 1.0)
     held.loose = True
     waiter = Waiter(1, list)
+    waiter.keeps = {ref.serial for ref in machine.refs.values()}
     machine.queue_up(waiter, 1.0)
     assert waiter.refusal is None
 

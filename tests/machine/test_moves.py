@@ -192,8 +192,9 @@ def test_an_unanswered_ping_ends_a_connection_and_an_orphan_is_discarded():
 # -- refusals
 
 
-def refusal_of(machine, owner=1, now=0.0):
+def refusal_of(machine, owner=1, now=0.0, keeps=()):
     waiter = Waiter(owner, list)
+    waiter.keeps = keeps
     assert not [o for o in machine.queue_up(waiter, now) if not isinstance(o, Open | TickAt)]
     return waiter.refusal, waiter
 
@@ -219,14 +220,37 @@ def test_more_than_max_waiting_are_refused_and_the_dead_do_not_count():
     assert first.refusal is None
 
 
-def test_who_would_wait_for_himself_is_told():
+def test_a_borrower_that_would_wait_for_itself_is_refused():
     machine, _ = machine_with(min_size=0, max_size=1)
     slot = borrow_new(machine, owner=7)
-    slot.holder = 7
     assert refusal_of(machine, owner=8)[0] is None
-    assert refusal_of(machine, owner=7)[0] is Refusal.DEADLOCK
+    assert refusal_of(machine, owner=7, keeps=machine.held_by(7))[0] is Refusal.DEADLOCK
     slot.loose = True
+    assert refusal_of(machine, owner=7, keeps=machine.held_by(7))[0] is None
+
+
+def test_a_borrower_whose_connection_another_thread_may_give_back_waits():
+    machine, _ = machine_with(min_size=0, max_size=1)
+    slot = borrow_new(machine, owner=7)
     assert refusal_of(machine, owner=7)[0] is None
+    assert slot.state is SlotState.IN_USE
+
+
+def test_where_one_of_those_who_wait_may_be_given_back_for_nobody_is_in_a_deadlock():
+    machine, _ = machine_with(min_size=0, max_size=2)
+    held = [borrow_new(machine, owner=owner) for owner in (7, 8)]
+    first = refusal_of(machine, owner=7)[1]  # an executor's thread: the block ends in another one
+    assert refusal_of(machine, owner=8, keeps=machine.held_by(8))[0] is None
+    assert first.refusal is None
+    assert all(slot.state is SlotState.IN_USE for slot in held)
+
+
+def test_what_another_borrower_has_got_since_it_was_seen_is_no_deadlock():
+    machine, _ = machine_with(min_size=0, max_size=1)
+    slot = borrow_new(machine, owner=7)
+    seen = machine.held_by(7)
+    slot.holder = 9
+    assert refusal_of(machine, owner=7, keeps=seen)[0] is None
 
 
 def test_a_wrong_password_refuses_everybody_for_a_second_and_then_is_tried_again():

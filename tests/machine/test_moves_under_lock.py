@@ -19,7 +19,7 @@ from penstock._machine.policy import Limits
 
 # What runs without the lock, by design: the hot moves, a note of who asks, what only reads, and the child's side of a fork,
 # where no other thread is.
-WITHOUT = {"take", "put", "ask", "slots", "count", "waiting", "borrows", "stats", "has"}
+WITHOUT = {"take", "put", "ask", "slots", "count", "waiting", "borrows", "stats", "has", "held_by"}
 IN_A_CHILD = {"inherited", "forked"}
 MOVES = {
     name

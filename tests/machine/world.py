@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from penstock._machine.policy import Limits
 
 FOREVER = 10_000.0  # longer than every limit that a test sets
+UNSEEN = 4  # a borrower whose connections others may give back: the runtime sees none on its stack
 
 
 class Seat:
@@ -119,6 +120,8 @@ class World:
             self._lease(slot)
             return
         seat = Seat(owner)
+        if owner != UNSEEN:
+            seat.waiter.keeps = set(self.machine.held_by(owner))
         before, queued = self._holders(), len(self.machine.waiting())
         orders = self.machine.queue_up(seat.waiter, self.now)
         if seat.waiter.refusal is None:
@@ -489,6 +492,7 @@ class World:
             assert every
             assert waiter.owner in holders
             assert holders <= waiting | {waiter.owner}, "somebody could still give back"
+            assert UNSEEN not in holders, "another thread could still give back"
         elif waiter.refusal is Refusal.CLOSED:
             assert self.machine.phase is not Phase.OPEN
         elif waiter.refusal is Refusal.TOO_MANY:

@@ -223,7 +223,7 @@ class Machine:
 
     def queue_up(self, waiter: Waiter, now: float) -> list[Order]:
         """Wait for a slot. On return the waiter has a slot, or a refusal, or is in the queue."""
-        waiter.refusal = self._refusal(waiter.owner, now)
+        waiter.refusal = self._refusal(waiter, now)
         if waiter.refusal is not None:
             self.tally.refused += 1
             # He may have put a slot aside, or taken the look of one who waits: look for them.
@@ -517,6 +517,17 @@ class Machine:
         """All slots that somebody holds. For reports: hold them no longer than needed."""
         return [slot for ref in list(self.refs.values()) if (slot := ref()) is not None]
 
+    def held_by(self, owner: int) -> dict[int, Any]:
+        """The links that are lent to `owner`, by their slots' serials; not what getconn() has lent.
+
+        Not under the lock: whoever decides about them looks again (`Waiter.keeps`).
+        """
+        return {
+            slot.ref.serial: slot.link
+            for slot in self.slots()
+            if slot.holder == owner and slot.state is IN_USE and not slot.loose and slot.ref
+        }
+
     def count(self) -> dict[SlotState, int]:
         """How many slots are in which state; their sum is the pool's size."""
         counts = dict.fromkeys(SlotState, 0)
@@ -809,7 +820,7 @@ class Machine:
         outage.reported = True
         orders.append(ReportOutage(now - outage.since))
 
-    def _refusal(self, owner: int, now: float) -> Refusal | None:
+    def _refusal(self, waiter: Waiter, now: float) -> Refusal | None:
         if self.phase is not Phase.OPEN:
             return Refusal.CLOSED
         outage = self.outage
@@ -819,20 +830,22 @@ class Machine:
             len(self.waiting()) >= self.limits.max_waiting
         ):
             return Refusal.TOO_MANY
-        if self._would_wait_for_itself(owner):
+        if self._would_wait_for_itself(waiter):
             return Refusal.DEADLOCK
         return None
 
-    def _would_wait_for_itself(self, owner: int) -> bool:
-        """Whether every connection is lent to somebody who waits for one, `owner` among them."""
-        if not owner or len(self.refs) < self.limits.max_size or self.idle or self.aside:
+    def _would_wait_for_itself(self, waiter: Waiter) -> bool:
+        """Whether each connection stays lent for as long as somebody waits, this waiter included."""
+        if not waiter.keeps or len(self.refs) < self.limits.max_size or self.idle or self.aside:
             return False
+        kept = {n: each.owner for each in [*self.waiting(), waiter] for n in each.keeps}
         slots = self.slots()
-        if not any(slot.holder == owner and slot.state is IN_USE for slot in slots):
-            return False
-        waiting = {waiter.owner for waiter in self.waiting()} | {owner}
         return len(slots) == len(self.refs) and all(
-            slot.state is IN_USE and not slot.loose and slot.holder in waiting for slot in slots
+            slot.state is IN_USE
+            and not slot.loose
+            and slot.ref is not None
+            and kept.get(slot.ref.serial) == slot.holder
+            for slot in slots
         )
 
     def _connected(self) -> int:

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from .slot import Slot
 
@@ -28,6 +28,8 @@ class Waiter:
 
     Attributes:
         owner: who waits, to be compared with `Slot.holder`; 0 when unknown.
+        keeps: serials of the slots that cannot come back while it waits: the runtime has seen that it
+            is this waiter who gives them back.
         wake: lets the borrower run; a C function that may be called more than once.
         slot: what was given to it. Its state tells whether a ping is due before it is used.
         refusal: why it gets nothing.
@@ -40,6 +42,7 @@ class Waiter:
 
     __slots__ = (
         "__weakref__",
+        "keeps",
         "owner",
         "queued_at",
         "refusal",
@@ -52,6 +55,7 @@ class Waiter:
 
     def __init__(self, owner: int, wake: Callable[[], object]) -> None:
         self.owner = owner
+        self.keeps: Collection[int] = ()
         self.wake = wake
         self.slot: Slot | None = None
         self.refusal: Refusal | None = None
