@@ -28,7 +28,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from penstock import fork, watch
-from penstock._drivers.protocol import Activity
+from penstock._drivers.protocol import Activity, Outdated
 from penstock._machine.machine import Phase, Verdict, Waiter
 from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Reason, Slot, SlotState
@@ -207,10 +207,13 @@ class AsyncBorrowing(AsyncUpkeep):
         """Ping a slot, or read the answer to its reset; the borrower's own time."""
         seconds = max(LEAST_PING_SECONDS, min(PING_SECONDS, left * PING_SHARE))
         try:
-            if slot.reset_pending:
-                slot.reset_pending = False
-                return bool(await slot.link.finish_reset(seconds))
-            return bool(await slot.link.ping(seconds))
+            reset_pending, slot.reset_pending = slot.reset_pending, False
+            outdated, slot.outdated = slot.outdated, False  # first: it may be met again meanwhile
+            if reset_pending and not await slot.link.finish_reset(seconds):
+                return False
+            if outdated:
+                return bool(await slot.link.forget(seconds))
+            return reset_pending or bool(await slot.link.ping(seconds))
         except BaseException:
             self._return(slot, Verdict.UNCLEAN)
             raise
@@ -386,6 +389,7 @@ class AsyncBorrowing(AsyncUpkeep):
         try:
             if error is None:
                 failure = await self._commit(place[0].link)
+            self._see_what_is_outdated(place[0], error or failure)
             if not _may_wait(error) and not self._is_at_rest(place[0]):
                 self._finish_later(place)
                 return
@@ -423,6 +427,7 @@ class AsyncBorrowing(AsyncUpkeep):
         await asyncio.sleep(0)  # a loop may run a new task at once, in the middle of our caller
         verdict = Verdict.UNCLEAN
         try:
+            self._see_what_is_outdated(place[0], None)
             if place[0].condemned is None:
                 verdict = await self._verdict(place, cut_short=True)
         finally:
@@ -473,6 +478,15 @@ class AsyncBorrowing(AsyncUpkeep):
                 called_at(),
             )
         return None
+
+    def _see_what_is_outdated(self, slot: Slot, error: BaseException | None) -> None:
+        """If a migration has made what is remembered for this session outdated, it has for others, too."""
+        ask = getattr(slot.link, "outdated", None)
+        found = None if ask is None else ask(error)
+        if found is Outdated.SESSION:
+            slot.condemn(Reason.DRAINED)
+        elif found is not None:
+            self._carry_out(self._machine.outdated(slot, clock(), ends=found is Outdated.TYPES))
 
     async def _verdict(self, place: list[Slot], *, cut_short: bool = False) -> Verdict:
         link = place[0].link

@@ -23,10 +23,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock import fork, hub, keeper, stacks, watch
-from penstock._drivers.protocol import Activity
+from penstock._drivers.protocol import Activity, Outdated
 from penstock._machine.machine import Phase, Verdict, Waiter
 from penstock._machine.policy import retry_delay
-from penstock._machine.slot import Slot, SlotState
+from penstock._machine.slot import Reason, Slot, SlotState
 from penstock.alarm import Alarm
 from penstock.clock import clock
 from penstock.errors import ConfigError, PenstockError, PoolTimeout, called_at
@@ -172,7 +172,13 @@ class Borrowing(Upkeep):
     def _accept_once(self, slot: Slot, waiter: Waiter, left: float) -> bool:
         try:
             if slot.state is SlotState.PINGING:
-                alive = self._make_sure(slot.link, left, reset_pending=slot.reset_pending)
+                outdated, slot.outdated = (
+                    slot.outdated,
+                    False,
+                )  # first: it may be met again meanwhile
+                alive = self._make_sure(
+                    slot.link, left, reset_pending=slot.reset_pending, outdated=outdated
+                )
                 slot.reset_pending = False
                 self._pinged(slot, waiter, alive=alive)
                 if not alive:
@@ -188,10 +194,16 @@ class Borrowing(Upkeep):
             orders = self._machine.reconsider(slot, waiter, clock())
         self._carry_out(orders)
 
-    def _make_sure(self, link: Any, left: float, *, reset_pending: bool) -> bool:
+    def _make_sure(
+        self, link: Any, left: float, *, reset_pending: bool, outdated: bool = False
+    ) -> bool:
         """Ping a link that is in doubt, or read the answer to its reset; the borrower's own time."""
         seconds = max(LEAST_PING_SECONDS, min(PING_SECONDS, left * PING_SHARE))
-        return bool(link.finish_reset(seconds) if reset_pending else link.ping(seconds))
+        if reset_pending and not link.finish_reset(seconds):
+            return False
+        if outdated:
+            return bool(link.forget(seconds))
+        return reset_pending or bool(link.ping(seconds))
 
     def _pinged(self, slot: Slot, waiter: Waiter, *, alive: bool) -> None:
         with self._lock:
@@ -337,6 +349,7 @@ class Borrowing(Upkeep):
                 failure = self._commit(slot.link)
             # By a Timeout of gevent's, an interrupt: nobody forgot anything.
             cut_short = error is not None and not isinstance(error, Exception)
+            self._see_what_is_outdated(slot, error or failure)
             verdict = self._verdict(slot.link, cut_short=cut_short)
             suspect = self._is_suspect(error or failure)
             if verdict is Verdict.CLEAN and self._config.reset == "session":
@@ -352,6 +365,19 @@ class Borrowing(Upkeep):
                 raise failure
             finally:
                 del failure  # it holds this frame, and this frame held it
+
+    def _see_what_is_outdated(self, slot: Slot, error: BaseException | None) -> None:
+        """If a migration has made what is remembered for this session outdated, it has for others, too."""
+        ask = getattr(slot.link, "outdated", None)
+        found = None if ask is None else ask(error)
+        try:
+            if found is Outdated.SESSION:
+                slot.condemn(Reason.DRAINED)
+            elif found is not None:
+                ends = found is Outdated.TYPES
+                self._move(partial(self._machine.outdated, slot, ends=ends))
+        finally:
+            del slot
 
     def _give_back_unfinished(self, slot: Slot) -> None:
         """putconn() of a connection that is not simply clean: roll back, and say so."""

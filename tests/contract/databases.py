@@ -165,6 +165,7 @@ class Real:
     fake = False
     driver: str
     transaction: ClassVar[dict[str, Any]] = {}
+    prepares: ClassVar[dict[str, Any]] = {}  # what makes the driver prepare each statement at once
 
     def __init__(self, conninfo):
         import psycopg
@@ -234,6 +235,7 @@ _OF_POOL = " from pg_stat_activity where application_name like %s and pid <> pg_
 
 class Psycopg(Real):
     driver = "psycopg"
+    prepares: ClassVar[dict[str, Any]] = {"kwargs": {"prepare_threshold": 0}}
 
 
 class Psycopg2(Real):

@@ -262,7 +262,7 @@ class ClosesPolitely(Machine):
 
 @pytest.mark.parametrize("sentence", FAULTS)
 def test_a_seeded_walk_finds_that(sentence):
-    for seed in range(1500):
+    for seed in range(3000):
         try:
             walk(seed, FAULTS[sentence])
         except AssertionError as error:

@@ -96,6 +96,12 @@ class Simulation(RuleBasedStateMachine):
         self.world.give_back(index, verdict, suspect=suspect, reset=False)
         self.world.check()
 
+    @there_is("leases")
+    @rule(which=SOME, ends=YES_OR_NO)
+    def meet_migration(self, which: int, ends: bool) -> None:
+        self.world.meet_migration(which % len(self.world.leases), ends=ends)
+        self.world.check()
+
     @there_is("flights")
     @rule(which=SOME, late=st.sampled_from([False, False, True]))
     def order_is_carried_out(self, which: int, late: bool) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DURATIONS = [0.01, 0.2, 1.0, 6.0, 25.0, 45.0, 120.0]
-RARE = {"fork", "close", "drop", "kill waiter", "kill pinger", "lose", "resize", "drain"}
+RARE = {"fork", "close", "drop", "kill waiter", "kill pinger", "lose", "resize", "drain", "migrate"}
 FREQUENT = {"borrow", "wake up", "answer"}
 
 
@@ -99,6 +99,9 @@ class Walker:
             found["give back"] = self._give_back
             found["give back clean"] = lambda: world.give_back(
                 self._one_of(world.leases), Verdict.CLEAN, suspect=False, reset=self._seldom()
+            )
+            found["migrate"] = lambda: world.meet_migration(
+                self._one_of(world.leases), ends=self._seldom()
             )
             found["drop"] = lambda: world.drop_lease(self._one_of(world.leases))
         return found

@@ -14,7 +14,16 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from penstock._drivers.protocol import Recipe
-from penstock._machine.machine import DONE, LOOK_AGAIN, Machine, Phase, Refusal, Verdict, Waiter
+from penstock._machine.machine import (
+    DONE,
+    LOOK_AGAIN,
+    REPLACE_AGAIN,
+    Machine,
+    Phase,
+    Refusal,
+    Verdict,
+    Waiter,
+)
 from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TickAt
 from penstock._machine.pace import AFTER, FIRST_WAVE, WAVE_EVERY
 from penstock._machine.silence import PROBES, RESERVE, patience
@@ -91,7 +100,11 @@ class World:
         self.spoiled: list[FakeLink] = []  # given back broken or unclean: never to be lent again
         self.doubtful: list[FakeLink] = []  # in doubt: not to be lent without a ping
         self.outdated: list[FakeLink] = []  # of before a drain: not to be lent any more
+        self.remembering: list[
+            FakeLink
+        ] = []  # of before a migration: to forget before they are lent
         self.dropped = 0  # slots that a step dropped, and that are not home yet
+        self.replaced_at = -FOREVER
         self.bound = limits.max_size
         self.may_change = chance() > 0.6  # the password comes from a callable
         self.reported = 0
@@ -165,6 +178,9 @@ class World:
         assert slot is not None
         answered = slot.link.finish_reset(1.0) if slot.reset_pending else slot.link.ping(1.0)
         slot.reset_pending = False
+        if slot.outdated:
+            slot.outdated = False
+            self.remembering = [link for link in self.remembering if link is not slot.link]
         if answered:
             self._trust(slot.link)
             self._take_on(self.machine.pinged(slot, self.now))
@@ -194,6 +210,19 @@ class World:
                 self._put(slot)
                 return
         self._take_on(self.machine.returned(slot, self.now, verdict, suspect=suspect))
+
+    def meet_migration(self, index: int, *, ends: bool) -> None:
+        """A borrower's statement fails: what was remembered for its session is of an older schema."""
+        slot = self.leases[index].slot
+        if self.machine.has(slot) and ends:
+            if self.now >= self.replaced_at + REPLACE_AGAIN:
+                self.replaced_at = self.now
+                self._outdate_all()
+            self.outdated.append(slot.link)
+        elif self.machine.has(slot):
+            links = (ref.link for ref in self.machine.refs.values())
+            self.remembering = [link for link in links if link is not None]
+        self._take_on(self.machine.outdated(slot, self.now, ends=ends))
 
     def _put(self, slot: Slot) -> None:
         answer = self.machine.put(slot)
@@ -474,6 +503,7 @@ class World:
             assert slot.epoch == machine.epoch, "a connection in doubt was lent without a ping"
             assert slot.link not in self.doubtful, "a connection in doubt was lent without a ping"
             assert not slot.reset_pending, "a connection was lent with a reset under way"
+            assert slot.link not in self.remembering, "a connection was lent that remembers"
 
     def _holders(self) -> tuple[bool, set[int], set[int]]:
         held = [lease.slot for lease in self.leases if self.machine.has(lease.slot)]

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, Final
 import asyncpg
 
 from penstock._drivers.asyncpg_end import drop, is_running, look_at
-from penstock._drivers.asyncpg_guard import COPYING, DEAD, INHERITED, Settings
+from penstock._drivers.asyncpg_guard import COPYING, DEAD, INHERITED, Settings, outdated
 from penstock._drivers.asyncpg_limit import LimitedProtocol
 from penstock._drivers.asyncpg_renewal import renewed
-from penstock._drivers.protocol import Activity, Reply
+from penstock._drivers.outdated import take_from
+from penstock._drivers.protocol import Activity, Outdated, Reply
 from penstock._drivers.renewal import ALONE
 from penstock._drivers.session_reset import LEARN, literal, reset_message
 from penstock._drivers.sockets import deadline_in, point_at_null, seconds_to
@@ -162,6 +163,8 @@ class AsyncpgLink:
         self._forget_transaction()
         if self._watch.recoded or any(self._settings.channels(self.conn)):
             return False
+        if not self.touched.isdisjoint(Outdated):
+            return False
         self._settings.restore(self.conn)
         return True
 
@@ -281,10 +284,7 @@ class AsyncpgLink:
         conn._check_open()
         args = () if params is None else tuple(params)
         try:
-            with conn._stmt_exclusive_section:
-                answer, statement = await conn._Connection__execute(
-                    query, args, 0, None, return_status=True
-                )
+            answer, statement = await self._executed(query, args)
         except asyncpg.PostgresSyntaxError:
             if args:
                 raise
@@ -294,6 +294,20 @@ class AsyncpgLink:
             return Reply(rows=None, rowcount=_count(status), description=None, statusmessage=status)
         rows, tag, _ = answer
         return _reply(rows, tag.decode(), statement)
+
+    async def _executed(self, query: Any, args: tuple[Any, ...]) -> Any:
+        try:
+            return await self._execute_once(query, args)
+        except asyncpg.InvalidSQLStatementNameError as error:
+            # The server has forgotten what asyncpg prepared: nothing was executed, and asyncpg knows by now.
+            if outdated(error) is None:
+                raise
+        return await self._execute_once(query, args)
+
+    async def _execute_once(self, query: Any, args: tuple[Any, ...]) -> Any:
+        conn = self.conn
+        with conn._stmt_exclusive_section:
+            return await conn._Connection__execute(query, args, 0, None, return_status=True)
 
     async def commit(self) -> None:
         """Commit the transaction that `begin` opened; what the borrower opened by himself is his.
@@ -371,6 +385,20 @@ class AsyncpgLink:
         # A commit that failed is rolled back, a reset that failed has cleaned nothing.
         was_reset, self._resets = self._resets, False
         return not (was_reset and (task.cancelled() or task.exception()))
+
+    def outdated(self, error: BaseException | None) -> Outdated | None:
+        """What the server's errors said to be outdated since the connection was lent; tells it once.
+
+        What asyncpg prepared is forgotten by then, on every connection to this database, parked ones too.
+        """
+        if error is not None:  # in a cursor, or a statement that the borrower prepared
+            self.conn._note_outdated(error)
+        return take_from(self.touched)
+
+    async def forget(self, seconds: float | None) -> bool:
+        """A ping after which asyncpg knows none of the statements that it prepared; it closes them itself."""
+        self.conn._drop_local_statement_cache()
+        return await self.ping(seconds)
 
     async def ping(self, seconds: float | None) -> bool:
         """One round trip. False if dead, busy or not answered in time."""

@@ -17,7 +17,7 @@ A driver for threads and gevent has a `Driver` and `Link`s, one for asyncio an `
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -34,6 +34,14 @@ class Activity(Enum):
     IN_TRANSACTION = "idle in transaction"
     IN_FAILED_TRANSACTION = "idle in failed transaction"
     BROKEN = "broken"
+
+
+class Outdated(StrEnum):
+    """What of a session has turned out to be of an older schema."""
+
+    STATEMENTS = "outdated statements"  # what the driver prepared: it has forgotten that already
+    TYPES = "outdated types"  # what it, or `configure`, knows of types: a new session is needed, and not here only
+    SESSION = "outdated session"  # what the server remembers for this session
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +203,25 @@ class Link(Protocol[ConnT]):
         Points the descriptor at the null device first. `busy`: another thread was using it at the
         fork, so its locks may be held for ever: keep the object, do not close it.
         """
+
+
+class Remembering(Protocol):
+    """What a link may have, besides, whose library prepares statements or remembers types by itself.
+
+    A migration makes that outdated, and a statement that is executed by its old name fails each time. An
+    asyncio driver's `forget` is a coroutine.
+    """
+
+    def outdated(self, error: BaseException | None) -> Outdated | None:
+        """What the server's errors of this borrow said to be outdated; tells it once.
+
+        Called at each return that is not simply clean, before anything else is brought back. `error` is what
+        leaves the block, and need not be of this session; those that the borrower swallowed count as well.
+        Until this was called `park` and `tidy` say False.
+        """
+
+    def forget(self, seconds: float | None) -> bool:
+        """A `ping` after which neither the library nor the server knows any prepared statement of the library's."""
 
 
 class Renewable(Protocol):

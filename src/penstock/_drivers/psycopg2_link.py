@@ -29,7 +29,8 @@ from psycopg2.extensions import (
     register_type,
 )
 
-from penstock._drivers.protocol import Activity, Reply
+from penstock._drivers.outdated import outdated_by
+from penstock._drivers.protocol import Activity, Outdated, Reply
 from penstock._drivers.psycopg2_deadline import Bound
 from penstock._drivers.psycopg2_guard import (
     BLOCK,
@@ -198,6 +199,17 @@ class Psycopg2Link:
             raise psycopg2.ProgrammingError(
                 f"cannot {what}: the session is {self.activity().value}"
             )
+
+    def outdated(self, error: BaseException | None) -> Outdated | None:
+        """What the error that leaves the block says to be outdated: types, or what the session remembers.
+
+        psycopg2 prepares nothing; what the user prepares by SQL is the user's.
+        """
+        if not isinstance(error, psycopg2.Error):
+            return None
+        said = error.diag
+        found = outdated_by(error.pgcode, said.source_function, said.message_primary, "")
+        return None if found is Outdated.STATEMENTS else found
 
     # --- with the server
 

@@ -30,6 +30,7 @@ from penstock._drivers.psycopg3_link import (
     connection_over,
     settings_statement,
 )
+from penstock._drivers.psycopg3_outdated import NotesOutdated, failed_at_bind
 from penstock._drivers.psycopg3_reset import LEARN
 from penstock._drivers.psycopg3_wire import all_done, answers, ask
 from penstock._drivers.sockets import deadline_in
@@ -66,7 +67,8 @@ class Psycopg3Link(PgconnLink):
         """One statement in autocommit: one round trip. The connection must be lent.
 
         Of several statements in one string the answer to the first is returned, which is what a
-        psycopg cursor shows first; an error in any of them raises.
+        psycopg cursor shows first; an error in any of them raises. One that failed before it began, since what
+        psycopg had prepared is of an older schema, is asked once more, unprepared.
 
         Raises:
             psycopg.ProgrammingError: a transaction is open.
@@ -77,17 +79,22 @@ class Psycopg3Link(PgconnLink):
         autocommit = attributes["_autocommit"]
         try:
             attributes["_autocommit"] = True
-            return _detached(self._executed(query, params))
+            try:
+                return _detached(self._executed(query, params))
+            except psycopg.Error as error:
+                if not failed_at_bind(self.real, error, query, params):
+                    raise
+            return _detached(self._executed(query, params, prepare=False))
         finally:
             attributes["_autocommit"] = autocommit
 
-    def _executed(self, query: Any, params: Any) -> psycopg.Cursor[Any]:
+    def _executed(self, query: Any, params: Any, **how: Any) -> psycopg.Cursor[Any]:
         if self.conn is self.real:
-            return self.real.execute(query, params)
+            return self.real.execute(query, params, **how)
         cursor: psycopg.Cursor[Any] = (
             self.conn.cursor()
         )  # which is what all proxies of tracers trace
-        cursor.execute(query, params)
+        cursor.execute(query, params, **how)
         return cursor
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
@@ -156,8 +163,15 @@ class Psycopg3Link(PgconnLink):
 
     def ping(self, seconds: float | None) -> bool:
         """One round trip with an empty query. False if dead or not answered in time."""
+        return self._says(b"", seconds)
+
+    def forget(self, seconds: float | None) -> bool:
+        """A ping after which neither psycopg nor the server knows a statement that psycopg prepared."""
+        return self._says(self._forgetting(), seconds)
+
+    def _says(self, message: bytes, seconds: float | None) -> bool:
         try:
-            return all_done(ask(self.handle, self.fd, b"", deadline_in(seconds)))
+            return all_done(ask(self.handle, self.fd, message, deadline_in(seconds)))
         except psycopg.Error:
             return False
 
@@ -249,8 +263,7 @@ class Psycopg3Driver(PsycopgDriver):
             psycopg.OperationalError: the session did not answer; it is closed.
         """
         real = adoption.checked(conn, psycopg.Connection)
-        in_front = () if recipe.statement_limit is None else (LimitsStatements,)
-        handle, touched = adoption.watch(real, recipe, *in_front)
+        handle, touched = adoption.watch(real, recipe, *_in_front(recipe))
         try:
             link = Psycopg3Link(real, handle, touched, resets_session=recipe.reset == "session")
             link.conn = conn
@@ -271,11 +284,16 @@ class Psycopg3Driver(PsycopgDriver):
 
 def _linked(handle: PGconn, recipe: Recipe, deadline: float) -> Psycopg3Link:
     """Build the connection as psycopg's `connect()` would, and set the session up."""
-    in_front = () if recipe.statement_limit is None else (LimitsStatements,)
-    conn, touched = connection_over(handle, recipe, psycopg.Connection, *in_front)
+    conn, touched = connection_over(handle, recipe, psycopg.Connection, *_in_front(recipe))
     link = Psycopg3Link(conn, handle, touched, resets_session=recipe.reset == "session")
     _set_up(link, recipe, deadline)
     return link
+
+
+def _in_front(recipe: Recipe) -> tuple[type[Any], ...]:
+    """The classes that go in front of the recipe's."""
+    limits: tuple[type[Any], ...] = (LimitsStatements,) if recipe.statement_limit else ()
+    return (NotesOutdated, *limits)
 
 
 def _set_up(link: Psycopg3Link, recipe: Recipe, deadline: float) -> None:

@@ -50,6 +50,7 @@ from penstock._drivers.psycopg3_link import (
     connection_over,
     settings_statement,
 )
+from penstock._drivers.psycopg3_outdated import failed_at_bind
 from penstock._drivers.psycopg3_reset import LEARN
 from penstock._drivers.psycopg3_wire import all_done, send
 from penstock._drivers.side_threads import call_aside
@@ -127,8 +128,9 @@ class AsyncPsycopg3Link(PgconnLink):
         """One statement in autocommit: one round trip. The connection must be lent.
 
         Of several statements in one string the answer to the first is returned, which is what a
-        psycopg cursor shows first; an error in any of them raises. Cancelled, it ends at once, and
-        the statement goes on at the server until `tidy`.
+        psycopg cursor shows first; an error in any of them raises. One that failed before it began, since what
+        psycopg had prepared is of an older schema, is asked once more, unprepared. Cancelled, it ends at once,
+        and the statement goes on at the server until `tidy`.
 
         Raises:
             psycopg.ProgrammingError: a transaction is open.
@@ -139,17 +141,22 @@ class AsyncPsycopg3Link(PgconnLink):
         autocommit = attributes["_autocommit"]
         try:
             attributes["_autocommit"] = True
-            return await _detached(await self._executed(query, params))
+            try:
+                return await _detached(await self._executed(query, params))
+            except psycopg.Error as error:
+                if not failed_at_bind(self.real, error, query, params):
+                    raise
+            return await _detached(await self._executed(query, params, prepare=False))
         finally:
             attributes["_autocommit"] = autocommit
 
-    async def _executed(self, query: Any, params: Any) -> psycopg.AsyncCursor[Any]:
+    async def _executed(self, query: Any, params: Any, **how: Any) -> psycopg.AsyncCursor[Any]:
         if self.conn is self.real:
-            return await self.real.execute(query, params)
+            return await self.real.execute(query, params, **how)
         cursor: psycopg.AsyncCursor[Any] = (
             self.conn.cursor()
         )  # which is what all proxies of tracers trace
-        await cursor.execute(query, params)
+        await cursor.execute(query, params, **how)
         return cursor
 
     async def begin(self) -> None:
@@ -282,8 +289,15 @@ class AsyncPsycopg3Link(PgconnLink):
 
     async def ping(self, seconds: float | None) -> bool:
         """One round trip with an empty query. False if dead or not answered in time."""
+        return await self._says(b"", seconds)
+
+    async def forget(self, seconds: float | None) -> bool:
+        """A ping after which neither psycopg nor the server knows a statement that psycopg prepared."""
+        return await self._says(self._forgetting(), seconds)
+
+    async def _says(self, message: bytes, seconds: float | None) -> bool:
         try:
-            return all_done(await self._ask(b"", deadline_in(seconds)))
+            return all_done(await self._ask(message, deadline_in(seconds)))
         except psycopg.Error:
             return False
 

@@ -22,6 +22,7 @@ from penstock._drivers.awaiting import stop_awaiting
 from penstock._drivers.psycopg3_async_wire import CUT_OFF, stop_statement
 from penstock._drivers.psycopg3_guard import noted_of
 from penstock._drivers.psycopg3_limit import LIMIT
+from penstock._drivers.psycopg3_outdated import AsyncNotesOutdated, note
 from penstock._drivers.sockets import deadline_in
 
 if TYPE_CHECKING:
@@ -40,19 +41,23 @@ class HearsCancellation(psycopg.AsyncConnection[Any]):
 
     async def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         """Run one of psycopg's generators; cut off, leave the session as it is."""
-        if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
-            if CUT_OFF not in noted_of(self):  # in the middle of a COPY or a stream
-                return await super().wait(gen, interval)
-            await self._stop()
-        elif self._pipeline is not None:  # its queues must fit to what was read
-            return await super().wait(gen, interval)
-        # psycopg 3.2 knows no `timeout` here.
-        limits = {} if timeout is None else {"timeout": timeout}
         try:
-            return await waiting.wait_async(gen, self.pgconn.socket, interval, **limits)
-        except _INTERRUPTED:
             if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
-                noted_of(self).add(CUT_OFF)
+                if CUT_OFF not in noted_of(self):  # in the middle of a COPY or a stream
+                    return await super().wait(gen, interval)
+                await self._stop()
+            elif self._pipeline is not None:  # its queues must fit to what was read
+                return await super().wait(gen, interval)
+            # psycopg 3.2 knows no `timeout` here.
+            limits = {} if timeout is None else {"timeout": timeout}
+            try:
+                return await waiting.wait_async(gen, self.pgconn.socket, interval, **limits)
+            except _INTERRUPTED:
+                if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+                    noted_of(self).add(CUT_OFF)
+                raise
+        except psycopg.Error as error:
+            note(self, error)
             raise
 
     async def _stop(self) -> None:
@@ -79,6 +84,6 @@ class HearsCancellation(psycopg.AsyncConnection[Any]):
 
 
 def in_front_of(base: type[Any]) -> tuple[type[Any], ...]:
-    """What goes in front of this connection class: nothing, if it has a way of its own to wait."""
+    """What goes in front of this connection class, which may have a way of its own to wait."""
     waits_as_psycopg = getattr(base, "wait", None) is psycopg.AsyncConnection.wait
-    return (HearsCancellation,) if waits_as_psycopg else ()
+    return (HearsCancellation,) if waits_as_psycopg else (AsyncNotesOutdated,)

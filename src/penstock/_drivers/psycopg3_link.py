@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import psycopg
 from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 
-from penstock._drivers.protocol import Activity
+from penstock._drivers.outdated import take_from
+from penstock._drivers.protocol import Activity, Outdated
 from penstock._drivers.psycopg3_adopt import class_of
 from penstock._drivers.psycopg3_connect import driver_options
 from penstock._drivers.psycopg3_guard import (
@@ -33,6 +34,7 @@ from penstock._drivers.psycopg3_guard import (
     watched,
 )
 from penstock._drivers.psycopg3_limit import LIMIT
+from penstock._drivers.psycopg3_outdated import FORGOTTEN
 from penstock._drivers.psycopg3_renewal import renewed
 from penstock._drivers.psycopg3_reset import reset_message
 from penstock._drivers.psycopg3_wire import all_done, send
@@ -152,6 +154,8 @@ class PgconnLink:
     def _settle(self) -> bool:
         if not self._is_at_rest() or self._is_inside_block():
             return False
+        if not self.touched.isdisjoint(Outdated):
+            return False
         self._settings.restore(self.real)
         return True
 
@@ -222,11 +226,20 @@ class PgconnLink:
     def _rollback(self) -> bytes:
         # What psycopg's own rollback() does: the statements it has prepared may be about objects
         # that were made in this transaction. psycopg would send the second one by itself later.
+        forget = self._forgetting()
+        return b"ROLLBACK; " + forget if forget else b"ROLLBACK"
+
+    def _forgetting(self) -> bytes:
+        """Have psycopg forget what it prepared; what has the server do so, empty if there is nothing."""
         prepared = self.real._prepared  # noqa: SLF001
-        if not prepared.clear():
-            return b"ROLLBACK"
+        prepared.clear()
+        known = bool(prepared._to_flush) or bool(self.attributes.pop(FORGOTTEN, ()))  # noqa: SLF001
         prepared._to_flush.clear()  # noqa: SLF001
-        return b"ROLLBACK; DEALLOCATE ALL"
+        return b"DEALLOCATE ALL" if known else b""
+
+    def outdated(self, error: BaseException | None) -> Outdated | None:  # noqa: ARG002  it was noted
+        """What the server's errors said to be outdated since the connection was lent; tells it once."""
+        return take_from(self.touched)
 
     def start_reset(self) -> bool:
         """Send the session reset without waiting. False: could not; discard."""

@@ -85,6 +85,9 @@ SLOWLY: Final = 2
 #: Seconds after which a closed or drained pool looks for what a `put` under way left behind.
 LOOK_ONCE_MORE: Final = 1.0
 
+#: Seconds that lie at least between two replacements of all connections since types have changed.
+REPLACE_AGAIN: Final = 60.0
+
 NEVER: Final = float("inf")
 
 IN_USE: Final = SlotState.IN_USE
@@ -143,6 +146,7 @@ class Machine:
         "random",
         "reconnect_timeout",
         "refs",
+        "replaced_at",
         "serials",
         "tally",
         "waiters",
@@ -179,6 +183,7 @@ class Machine:
         self.waiters: OrderedDict[int, weakref.ref[Waiter]] = OrderedDict()
         self.outage: Outage | None = None
         self.answered_at = -NEVER  # when a connection was opened last
+        self.replaced_at = -NEVER  # when all were, since types had changed
         self.pace = Pace()
         self.asked = Asked()
         self.armed = float("inf")
@@ -262,7 +267,7 @@ class Machine:
 
     def pinged(self, slot: Slot, now: float) -> list[Order]:
         """The borrower's ping was answered: the slot is as good as a fresh one."""
-        if self.has(slot) and slot.generation == self.generation:
+        if self.has(slot) and slot.generation == self.generation and not slot.outdated:
             slot.vouch(self.epoch)
         slot.move(Move.PINGED)
         slot.borrowed_at = now
@@ -436,6 +441,24 @@ class Machine:
         """A lent session has stopped answering: others are pinged before they are lent again."""
         self._doubt()
         return []
+
+    def outdated(self, slot: Slot, now: float, *, ends: bool) -> list[Order]:
+        """What the driver remembers for this slot's session is of an older schema; so it is for older ones.
+
+        Each of them has it forgotten before it is lent again. `ends`: only a new session helps, so this one
+        ends when it is given back, and all are replaced; but not again and again, since a program that goes on
+        asking for a type that is gone fails over new sessions, too.
+        """
+        if not self.has(slot):
+            return []
+        if not ends:
+            self._have_forgotten()
+            return []
+        slot.condemn(Reason.DRAINED)
+        if now < self.replaced_at + REPLACE_AGAIN:
+            return []
+        self.replaced_at = now
+        return self.drain(now)
 
     # -- the whole pool ---------------------------------------------------------------------------
 
@@ -673,8 +696,8 @@ class Machine:
         if reason is not None:
             self._end(slot, reason, orders)
             return
-        if slot.reset_pending and slot.state is IN_USE:
-            slot.move(Move.DOUBT)  # whoever gets it reads the answer first
+        if (slot.reset_pending or slot.outdated) and slot.state is IN_USE:
+            slot.move(Move.DOUBT)  # whoever gets it reads the answer first, or has it forget
         waiter = self._first_waiter(now)
         if slot.state is SlotState.PINGING:
             if waiter is None:
@@ -863,6 +886,13 @@ class Machine:
     def _doubt(self) -> None:
         """Have every slot pinged before it is lent again."""
         self.epoch += 1
+
+    def _have_forgotten(self) -> None:
+        """Have the driver's memory of every session that is open now cleared before it is lent again."""
+        for slot in self.slots():
+            if slot.state is not SlotState.OPENING:
+                slot.outdated = True
+        self._doubt()  # last: who sees the epoch sees the mark
 
     def _end(self, slot: Slot, reason: Reason, orders: list[Order]) -> None:
         """End the connection of a slot that we own."""

@@ -108,6 +108,8 @@ class Slot:
         loose: lent by getconn(): whoever took it need not be who gives it back.
         told: its being overdue has been reported.
         reset_pending: a session reset was sent and its answer not read yet.
+        outdated: what its driver has prepared may be of an older schema; whoever is given the slot has it
+            forgotten first, as part of the ping.
         brief: it is being opened beside others that are not answered: with little time.
         ref: the pool's weak reference to this slot; None once the pool has let go of it.
     """
@@ -124,6 +126,7 @@ class Slot:
         "link",
         "loose",
         "opened_at",
+        "outdated",
         "ref",
         "reset_pending",
         "retire_at",
@@ -145,6 +148,7 @@ class Slot:
         self.loose = False
         self.told = False
         self.reset_pending = False
+        self.outdated = False
         self.brief = False
         self.ref: SlotRef | None = None
 

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_MODULES = ("borrowing", "ending", "life", "misuse", "self_deadlock", "server", "trouble")
+_MODULES = (
+    "borrowing",
+    "ending",
+    "life",
+    "migrations",
+    "misuse",
+    "self_deadlock",
+    "server",
+    "trouble",
+)
 
 
 class Scenario(NamedTuple):
