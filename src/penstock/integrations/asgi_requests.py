@@ -9,6 +9,9 @@ When what happens, for a request:
 
 * `http.response.start` decides. Below 400 everything is committed before the server hears of it, so
   that a commit that fails is a 500 and no lie; it raises in the app, at its own `send`.
+* An answer that may be a stream (it does not tell its length) may also be a late one: compressing
+  middleware, and some frameworks, send the start with the first chunk, when the body has begun to
+  read from a cursor. So a transaction that has only read stays open to the end of such an answer.
 * The last chunk of the body gives everything back, before it is sent: neither a slow client nor a
   background task (frameworks run those before the app returns) keeps a connection.
 * What is borrowed after that (a background task's) is given back when the app returns.
@@ -49,6 +52,7 @@ _CHUNKS: Final = {
     "http.response.zerocopysend",
     "websocket.http.response.body",
 }
+_BODILESS: Final = {204, 304}  # statuses of answers that have no body, and so no length
 _SWITCHED: Final = 101  # what an accepted websocket is, as an answer
 _FORBIDDEN: Final = 403  # what one is that is closed before it was accepted
 
@@ -175,7 +179,7 @@ class Exchange:
         if kind in _STARTS:
             if await self._replaces(message["status"]):
                 return
-            await self._decide(message["status"])
+            await self._decide(message["status"], streams=_may_stream(message))
         elif kind in _CHUNKS:
             if not message.get("more_body", False):
                 await self._give_back()
@@ -185,14 +189,14 @@ class Exchange:
 
     # -- the answer -------------------------------------------------------------------------------
 
-    async def _decide(self, status: int) -> None:
+    async def _decide(self, status: int, *, streams: bool) -> None:
         loans = self.unit.loans
         loans.answered = f" answered {status}"
         loans.refused = status >= 400
         self._status = status
         if self._manner.transactions == "request" and not loans.refused:
             try:
-                await loans.commit_all()
+                await loans.commit_all(streams=streams)
             except Exception as error:
                 self._failure = error
                 raise
@@ -203,7 +207,7 @@ class Exchange:
         await self.unit.loans.give_all_back(GivenBack() if self._status >= 500 else None)
 
     async def _shake_hands(self, status: int) -> None:
-        await self._decide(status)
+        await self._decide(status, streams=False)
         await self._give_back()
         if status == _SWITCHED:
             self.unit.loans.over = _websocket_is_open
@@ -244,6 +248,13 @@ async def _send_503(send: Send, seconds: int) -> None:
     ]
     await send({"type": "http.response.start", "status": 503, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _may_stream(start: Message) -> bool:
+    """Whether the body of this answer may come in several chunks, made while they are sent."""
+    if start["status"] in _BODILESS:
+        return False
+    return all(bytes(name).lower() != b"content-length" for name, _ in start.get("headers", ()))
 
 
 def _is_unavailable(error: BaseException) -> bool:

@@ -24,6 +24,7 @@ import os
 import weakref
 from collections import defaultdict
 from contextvars import ContextVar
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock._drivers.protocol import Activity
@@ -48,8 +49,23 @@ _FAILED: Final = "25P02"
 # One row if the transaction has written anything (or locked rows); since PostgreSQL 10.
 _WROTE: Final = "select 1 where pg_catalog.txid_current_if_assigned() is not null"
 
+# As many rows as `Written` says. The portal of this very statement has no name.
+_WRITTEN: Final = (
+    "with wrote as (select 1 where pg_catalog.txid_current_if_assigned() is not null) "
+    "select 1 from wrote union all "
+    "(select 1 from wrote, pg_catalog.pg_cursors where name <> '' and not is_holdable limit 1)"
+)
+
 #: The marks of the loans whose `on_first_use` this code is a part of, also in tasks that it started.
 _equipping: ContextVar[tuple[object, ...]] = ContextVar("penstock_equipping", default=())
+
+
+class Written(IntEnum):
+    """What a commit would do to a transaction."""
+
+    NO = 0  #: It has only read.
+    YES = 1
+    BESIDE_A_CURSOR = 2  #: It has written, and a commit would close a cursor that is open in it.
 
 
 class AsyncLoan:
@@ -204,13 +220,13 @@ class AsyncLoan:
         elif activity is not Activity.IDLE:
             await self.shape.roll_back()
 
-    async def has_written(self) -> bool:
+    async def written(self) -> Written:
         """Whether the transaction that is open has anything to commit, or to lose. One round trip."""
         try:
-            return await self.shape.ask(_WROTE)
+            return Written(await self.shape.count(_WRITTEN))
         except Exception as error:
             if _says_failed(error):
-                return True
+                return Written.YES
             raise
 
     async def give_back(self, error: BaseException | None) -> bool:
@@ -358,41 +374,62 @@ class AsyncLoans:
 
     # -- the answer -------------------------------------------------------------------------------
 
-    async def commit_all(self) -> None:
+    async def commit_all(self, *, streams: bool = False) -> None:
         """Commit every database's transaction, one after the other.
 
-        One in which a statement failed is rolled back, with a warning. One that has only read is
-        left open where another task goes on with it, and committed at its end: a body that is read from a cursor in it may
-        have begun already, if a middleware makes tasks (Starlette's BaseHTTPMiddleware does).
+        One in which a statement failed is rolled back, with a warning. One that has only read stays
+        open to the unit's end, and is committed there, if a body may go on in it: where the answer
+        streams, or another task goes on with it (Starlette's BaseHTTPMiddleware makes tasks).
+
+        Args:
+            streams: the answer's body may come in chunks, and may have begun already.
 
         Raises:
-            MisuseError: a statement is still under way.
+            MisuseError: a statement is still under way, or a commit would end the cursor of a body
+                that has begun. Nothing is committed.
             Exception: the driver's errors. The databases after that are not committed.
         """
-        for loan in list(self._open.values()):
-            await self._commit(loan)
+        due = [loan for loan in list(self._open.values()) if await self._is_due(loan, streams)]
+        for loan in due:
+            # Raises if the session was lost with its transaction.
+            if not loan.is_spent() and not await loan.commit():
+                self._warn(
+                    loan, "a statement failed and the transaction went on without a rollback"
+                )
 
-    async def _commit(self, loan: AsyncLoan) -> None:
+    async def _is_due(self, loan: AsyncLoan, streams: bool) -> bool:
+        """Whether its transaction is to be committed now."""
         shared = loan.is_in_other_hands()
         if shared:
             await loan.quiet_down()
         activity = loan.activity()
-        if shared and activity is Activity.IN_TRANSACTION and not await loan.has_written():
-            loan.commits_at_end = True
-            return
+        if (shared or streams) and activity is Activity.IN_TRANSACTION:
+            written = await loan.written()
+            if written is Written.BESIDE_A_CURSOR:
+                raise self._would_close_a_cursor(loan)
+            loan.commits_at_end = not written
+            return bool(written)
         if activity is Activity.ACTIVE:
             raise MisuseError(
                 f"{self.where()} was answered while a statement of its own is under way (in a task, "
                 "a COPY or a stream() that was not read to its end): nothing was committed",
                 pool=loan.name,
                 next_step="await it first; a task that outlives the answer works in "
-                "`async with db.unit():`",
+                "`async with db.unit():`; a body that reads from a stream() needs db.middleware "
+                "inside of what holds the answer's start back (compression, say)",
             )
-        if activity is Activity.IDLE or loan.is_spent():
-            return
-        # Raises if the session was lost with its transaction.
-        if not await loan.commit():
-            self._warn(loan, "a statement failed and the transaction went on without a rollback")
+        return activity is not Activity.IDLE
+
+    def _would_close_a_cursor(self, loan: AsyncLoan) -> MisuseError:
+        return MisuseError(
+            f"{self.where()} has written, and its answer's body has begun to read from a cursor of the "
+            "same transaction before the answer arrived here: a commit would close the cursor, so "
+            "nothing was committed",
+            pool=loan.name,
+            next_step="await db.commit() before the stream is returned; or put db.middleware inside of "
+            "the middleware that holds answers back until their first chunk (compression, say): "
+            "there the commit comes before the body begins",
+        )
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -431,7 +468,9 @@ class AsyncLoans:
     async def _give_back(self, loan: AsyncLoan, error: BaseException | None) -> None:
         if error is None and loan.commits_at_end and loan.activity() is Activity.IN_TRANSACTION:
             try:
-                await loan.commit()  # nothing was written, but there may be a NOTIFY
+                # What the body has written itself, it commits itself.
+                if not await loan.written():
+                    await loan.commit()  # there may be a NOTIFY
             except BaseException as failure:
                 await loan.give_back(failure)
                 raise

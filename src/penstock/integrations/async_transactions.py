@@ -40,13 +40,13 @@ class PsycopgShape:
         """Roll back. Raises the driver's errors."""
         await self._conn.rollback()
 
-    async def ask(self, query: str) -> bool:
-        """Whether a query gives a row."""
-        return bool((await self._conn.execute(query, prepare=False)).rowcount)
+    async def count(self, query: str) -> int:
+        """How many rows a query gives."""
+        return int((await self._conn.execute(query, prepare=False)).rowcount)
 
     async def roll_back_asking(self, query: str) -> bool:
-        """Ask, and roll back: in one message, as dear as the rollback alone."""
-        return await self.ask(f"{query}; rollback")
+        """Whether a query gives a row, and roll back: in one message, as dear as the rollback alone."""
+        return bool(await self.count(f"{query}; rollback"))
 
 
 class AsyncpgShape:
@@ -87,12 +87,12 @@ class AsyncpgShape:
         if transaction is not None:
             await transaction.rollback()
 
-    async def ask(self, query: str) -> bool:
-        """Whether a query gives a row."""
-        return bool(await self._conn.fetchval(query))
+    async def count(self, query: str) -> int:
+        """How many rows a query gives."""
+        return len(await self._conn.fetch(query))
 
     async def roll_back_asking(self, query: str) -> bool:
-        """Ask, and roll back."""
-        found = await self.ask(query)
+        """Whether a query gives a row, and roll back."""
+        found = bool(await self.count(query))
         await self.roll_back()
         return found
