@@ -220,9 +220,8 @@ class ClassLease(Lease[ConnT]):
                 return self._enter_slowly()
             self._slot = slot
             link = slot.link
-            conn = link.conn
-            conn.__class__ = link.live
-            return conn  # type: ignore[no-any-return]  # as above
+            link.real.__class__ = link.live
+            return link.conn  # type: ignore[no-any-return]  # as above
         except BaseException:
             slot = self._slot = None
             pool._cut_short()
@@ -241,7 +240,7 @@ class ClassLease(Lease[ConnT]):
         try:
             if exc_type is None:
                 link = slot.link
-                conn = link.conn
+                conn = link.real
                 conn.__class__ = link.dead
                 machine = self._pool._machine
                 if not (

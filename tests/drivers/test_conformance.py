@@ -44,6 +44,14 @@ class TestPsycopg2(DriverConformance):
         pytest.importorskip("psycopg2", reason="needs psycopg2")
         return _drivers.load("psycopg2")
 
+    def connected(self, conninfo):
+        import psycopg2.extensions
+
+        class Adoptable(psycopg2.extensions.connection):
+            """Connections of psycopg2's own class cannot be."""
+
+        return psycopg2.connect(conninfo, connection_factory=Adoptable)
+
 
 class TestAsyncpg(DriverConformance):
     @property

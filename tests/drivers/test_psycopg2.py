@@ -25,6 +25,7 @@ from psycopg2 import extensions
 
 from penstock import _drivers
 from penstock._drivers import psycopg2_deadline
+from penstock._drivers.adopting import NotAdopted
 from penstock._drivers.protocol import Activity, Recipe
 from penstock._drivers.psycopg2 import driver
 
@@ -187,7 +188,7 @@ def test_a_function_that_makes_plain_connections_is_refused(server: Server) -> N
         conninfo=server.conninfo(),
         kwargs={"connection_factory": partial(extensions.connection)},
     )
-    with pytest.raises(psycopg2.ProgrammingError, match="give a class"):
+    with pytest.raises(NotAdopted, match="psycopg2's own class, which cannot be watched"):
         driver.open(recipe, SECONDS)
     assert descriptors() == before
 

@@ -45,7 +45,7 @@ class NotAdopted(Exception):  # noqa: N818  it says what happened
         """The same, with the name of the function that gave the connection."""
         return NotAdopted(
             f"{own.name} gave a connection that cannot be used: {self}",
-            _STEP.format(own.name),
+            self.next_step,
             self.taken,
         )
 

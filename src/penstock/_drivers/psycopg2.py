@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Final
 
 import psycopg2
 
+from penstock._drivers import psycopg2_adopt as adoption
 from penstock._drivers import psycopg2_connect as connecting
+from penstock._drivers.adopting import NotAdopted, OwnConnect
 from penstock._drivers.psycopg2_diagnose import diagnose
 from penstock._drivers.psycopg2_guard import RAW, set_autocommit
 from penstock._drivers.psycopg2_link import UNKNOWN, Psycopg2Link
-from penstock._drivers.sockets import deadline_in
+from penstock._drivers.sockets import deadline_in, seconds_to
 
 if TYPE_CHECKING:
+    from psycopg2.extensions import connection
+
     from penstock._drivers.protocol import Diagnosis, Recipe
 
 #: What a connect leaves for setting the session up, at least: one round trip.
@@ -50,18 +54,46 @@ class Psycopg2Driver:
         Raises:
             psycopg2.OperationalError: no connection; the text has the server's or libpq's words.
             psycopg2.ProgrammingError: the connection string or an option is wrong.
+            ConnectRaised: a function that is in the place of `psycopg2.connect` raised something else.
+            NotAdopted: what it, or a connection_factory, gave cannot be lent.
         """
         deadline = deadline_in(seconds)
-        conn, classes = connecting.connect(recipe, deadline)
+        conn = connecting.connect(recipe, deadline)
+        own = adoption.own_connect()
+        # libpq counts in whole seconds, so that the time may be over by now.
+        deadline = max(deadline, deadline_in(SET_UP_SECONDS))
         try:
-            link = Psycopg2Link(conn, classes, resets_session=recipe.reset == "session")
-            # libpq counts in whole seconds, so that the time may be over by now.
-            deadline = max(deadline, deadline_in(SET_UP_SECONDS))
-            _set_check_interval(link, recipe.server_check_interval, deadline)
-            set_autocommit(conn, recipe.autocommit)
+            link = self.adopt(conn, recipe, seconds_to(deadline))
+        except NotAdopted as error:
+            if not error.taken:
+                adoption.end(conn)
+            name = own or OwnConnect(psycopg2.connect, "connection_factory=")
+            raise error.of(name) from None
+        if own is None:
+            set_autocommit(link.real, recipe.autocommit)
+        return link
+
+    def adopt(self, conn: connection, recipe: Recipe, seconds: float | None) -> Psycopg2Link:
+        """Make a link of an open connection, or of a tracer's proxy of one; the link is lent.
+
+        Its settings as they are now are those to go back to. It must be of a subclass of
+        `psycopg2.extensions.connection`: that class itself is written in C, and cannot be watched.
+
+        Raises:
+            NotAdopted: it is closed, in the middle of something, or a pool's; it is left as it was.
+            psycopg2.OperationalError: the session did not answer; it is closed.
+        """
+        real = adoption.checked(conn)
+        classes = adoption.watch(real, recipe)
+        try:
+            link = Psycopg2Link(real, classes, resets_session=recipe.reset == "session")
+            link.conn = conn
+            _set_check_interval(link, recipe.server_check_interval, deadline_in(seconds))
+            if recipe.autocommit:
+                set_autocommit(real, True)
             return link
         except BaseException:
-            RAW["close"](conn)
+            RAW["close"](real)
             raise
 
     def diagnose(self, error: BaseException, recipe: Recipe, seconds: float | None) -> Diagnosis:
@@ -96,7 +128,7 @@ def _set_check_interval(link: Psycopg2Link, seconds: float | None, deadline: flo
     Before PostgreSQL 14 the setting does not exist. Somebody who turned it on already (for the role,
     by `options`) is left alone. Errors do not matter: not every platform and pooler takes it.
     """
-    conn = link.conn
+    conn = link.real
     if not seconds or conn.server_version < 140000 or not 0 < conn.get_backend_pid() <= _PID_MAX:
         return
     query = (

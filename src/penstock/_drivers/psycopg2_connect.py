@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from math import ceil
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg2
 from psycopg2.extensions import connection, make_dsn, parse_dsn
 
+from penstock._drivers import psycopg2_adopt as adoption
 from penstock._drivers import under_way
-from penstock._drivers.psycopg2_guard import Classes, classes_for
-from penstock._drivers.psycopg2_limit import LIMIT, Clock, limited_connection
+from penstock._drivers.adopting import NotAdopted, called, unwrapped
+from penstock._drivers.psycopg2_guard import RAW, classes_for
+from penstock._drivers.psycopg2_limit import limited_connection
 from penstock._drivers.sockets import seconds_to
 from penstock._drivers.trace import ASKED, SPOKE_TLS
 from penstock.conninfo import to_conninfo
 from penstock.frames import without_frames
-from penstock.secret import Secret, is_secret
+from penstock.secret import Hidden, Secret, is_secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,45 +177,46 @@ def bounded(params: Params, deadline: float) -> Params:
     return {**params, "connect_timeout": str(share)}
 
 
-def connect(recipe: Recipe, deadline: float) -> tuple[connection, Classes]:
-    """A connection of a watched class, and the classes that it may change into.
+def connect(recipe: Recipe, deadline: float) -> Any:
+    """A connection, or what a tracer has put around one.
+
+    Where `psycopg2.connect` is psycopg2's own, or passes the connection_factory on, it is of a watched
+    class: of one that was given as a class. See `psycopg2_adopt`.
 
     Raises:
         psycopg2.OperationalError: no connection; the text has the server's or libpq's words.
         psycopg2.ProgrammingError: an option is wrong.
+        ConnectRaised: another function is in the place of psycopg2's, and raised something else.
     """
     factory = _factory(recipe)
-    limited = recipe.statement_limit is not None
     params = bounded(resolved(connection_params(recipe)), deadline)
     dsn, ports = Secret(to_conninfo(params)), _ports(params)
     del params
-    cursor_factory = recipe.kwargs.get("cursor_factory")
     if isinstance(factory, type):
+        limited = recipe.statement_limit is not None
         classes = classes_for(limited_connection(factory) if limited else factory)
-        conn = _connected(dsn, ports, classes.live, cursor_factory)
-    else:
-        conn = _connected(dsn, ports, factory, cursor_factory)
-        classes = _changed(conn, limited=limited)
-    if recipe.statement_limit is not None:
-        vars(conn)[LIMIT] = Clock(conn, recipe.statement_limit)
-    return conn, classes
+        factory = _telling(classes.live)
+    options: dict[str, Any] = {"connection_factory": factory}
+    if recipe.kwargs.get("cursor_factory") is not None:
+        options["cursor_factory"] = recipe.kwargs["cursor_factory"]
+    own = adoption.own_connect()
+    with under_way.searching(ports):
+        if own is None:
+            conn = psycopg2.connect(dsn, **options)
+        else:
+            conn = called(own, (dsn,), Hidden(options), adoption.is_librarys)
+        _note_socket(conn)
+    return conn
+
+
+def _note_socket(conn: Any) -> None:
+    with suppress(NotAdopted, psycopg2.Error):  # no connection, or a closed one
+        under_way.note(RAW["fileno"](unwrapped(conn, connection)))
 
 
 def _ports(params: Params) -> list[str]:
     """What the sockets of a connect lead to; a service's file may name others, which are not known."""
     return (params.get("port") or os.environ.get("PGPORT") or "5432").split(",")
-
-
-def _connected(
-    dsn: str, ports: list[str], factory: Callable[..., Any], cursor_factory: Any
-) -> connection:
-    made = _telling(factory) if isinstance(factory, type) else factory
-    with under_way.searching(ports):
-        conn: connection = psycopg2.connect(
-            dsn, connection_factory=made, cursor_factory=cursor_factory
-        )
-        under_way.note(conn.fileno())
-    return conn
 
 
 def _telling(factory: type[connection]) -> Callable[..., connection]:
@@ -226,6 +230,7 @@ def _telling(factory: type[connection]) -> Callable[..., connection]:
             conn.__init__(dsn, **options)  # type: ignore[misc]
         except psycopg2.OperationalError as error:
             _note_how_far(conn, error)
+            adoption.note_used(error, Hidden(dsn))
             raise
         return conn
 
@@ -251,18 +256,3 @@ def _factory(recipe: Recipe) -> Callable[..., Any]:
             f"{factory.__name__} is no subclass of psycopg2.extensions.connection"
         )
     return factory  # type: ignore[no-any-return]  # psycopg2 finds out if it is not callable
-
-
-def _changed(conn: connection, *, limited: bool) -> Classes:
-    """Make a connection that a function has made one of a watched class."""
-    made = type(conn)
-    try:
-        classes = classes_for(limited_connection(made) if limited else made)
-        conn.__class__ = classes.live
-    except TypeError:
-        conn.close()
-        raise psycopg2.ProgrammingError(
-            "connection_factory= made a plain psycopg2 connection: give a class, or make "
-            "connections of a subclass of psycopg2.extensions.connection"
-        ) from None
-    return classes

@@ -20,6 +20,7 @@ import psycopg2
 
 from penstock._drivers import psycopg3_tls
 from penstock._drivers.protocol import Diagnosis
+from penstock._drivers.psycopg2_adopt import params_used
 from penstock._drivers.psycopg2_connect import connection_params
 from penstock._drivers.psycopg2_tape import sqlstate_of_attempt
 from penstock._drivers.sockets import deadline_in
@@ -30,7 +31,7 @@ from penstock._drivers.trace import (
     spoke_tls,
 )
 from penstock.conninfo import to_conninfo
-from penstock.secret import Secret
+from penstock.secret import Secret, is_secret
 
 if TYPE_CHECKING:
     from penstock._drivers.protocol import Recipe
@@ -77,7 +78,13 @@ def diagnose(error: BaseException, recipe: Recipe, seconds: float | None) -> Dia
     unknown = Diagnosis(sqlstate=None, heals=True, text=text)
     if not isinstance(error, psycopg2.OperationalError) or errno is not None:
         return unknown
-    params = connection_params(recipe)
+    used = params_used(error)
+    # All of it but the addresses that were found for names: others may be there by now.
+    params = connection_params(recipe) | {
+        key: Secret(each) if is_secret(key) else each
+        for key, each in ({} if used is None else used.value).items()
+        if key not in {"host", "hostaddr", "port", "connect_timeout"}
+    }
     if not (_are_sound(params) and _are_valid_options(params)):
         return _final(text, _STEP_OPTIONS)
     found = _by_psycopg3(error, text, recipe, params, seconds)

@@ -174,6 +174,11 @@ def classes_for(base: type[Any]) -> Classes:
     return _known[base]
 
 
+def classes_of(live: type[Any]) -> Classes | None:
+    """The classes of which `live` is one, if it is one of ours."""
+    return next((each for each in _known.values() if each.live is live), None)
+
+
 def _live(base: type[Any]) -> type[Any]:
     bases = (Watching,) if base is connection else (Watching, base)
 
@@ -199,6 +204,11 @@ def _named_like(base: type[Any], made: type[Any]) -> type[Any]:
     made.__module__ = base.__module__
     made.__doc__ = base.__doc__
     return made
+
+
+def is_noted(conn: connection) -> bool:
+    """Whether a connection is watched already."""
+    return _NOTE in vars(conn)
 
 
 def equip(conn: connection) -> set[str]:

@@ -121,8 +121,8 @@ class Psycopg2Link:
         self._remember()
 
     def _remember(self) -> None:
-        self._settings = Settings(self.conn)
-        self.odd_types = self._settings.odd_types(self.conn)
+        self._settings = Settings(self.real)
+        self.odd_types = self._settings.odd_types(self.real)
 
     #: `start_reset` waits for the answer.
     reset_waits = True
@@ -131,7 +131,7 @@ class Psycopg2Link:
 
     def lend(self) -> None:
         """Make the connection usable: give it its class back."""
-        self.conn.__class__ = self.live
+        self.real.__class__ = self.live
 
     def park(self) -> bool:
         """Change its class, so that using the returned connection raises; tell if it is clean.
@@ -140,7 +140,7 @@ class Psycopg2Link:
         Not clean are: a transaction, a statement under way, a ``with conn:`` that somebody is still
         in, settings that the server must be told.
         """
-        conn = self.conn
+        conn = self.real
         conn.__class__ = self.dead
         if (
             self.status()  # IDLE is 0 in libpq, and READY 1 in psycopg2
@@ -157,7 +157,10 @@ class Psycopg2Link:
         A psycopg2 connection is one object in C, of which no second one can be made. What was never
         lent is nobody's, whatever `configure` has kept.
         """
-        if self._was_lent and getrefcount(self.conn) > _OURS:
+        if self._was_lent and (
+            getrefcount(self.real) > _OURS
+            or (self.conn is not self.real and getrefcount(self.conn) >= ALONE)
+        ):
             self.close()
             return False
         self._was_lent = True
@@ -167,15 +170,15 @@ class Psycopg2Link:
         """Set back what can be without the server; tell if that is all there is to do."""
         if not self._is_at_rest() or BLOCK in self.touched:
             return False
-        if self._settings.needs_server(self.conn):
+        if self._settings.needs_server(self.real):
             return False
-        self._settings.restore(self.conn)
+        self._settings.restore(self.real)
         return True
 
     def _is_at_rest(self) -> bool:
         # psycopg2's own status is another matter: it stays at "begun" when SQL ends a transaction,
         # and the next borrower's statements would then run without one.
-        return self.status() == IDLE and self.conn.status == STATUS_READY
+        return self.status() == IDLE and self.real.status == STATUS_READY
 
     # --- without a word to the server
 
@@ -190,9 +193,9 @@ class Psycopg2Link:
             psycopg2.ProgrammingError: a transaction is open.
         """
         self._refuse_if_busy("set autocommit")
-        if RAW["autocommit"].__get__(self.conn) != value:
+        if RAW["autocommit"].__get__(self.real) != value:
             self.touched.add("autocommit")
-            set_autocommit(self.conn, value)
+            set_autocommit(self.real, value)
 
     def _refuse_if_busy(self, what: str) -> None:
         if self.status() != IDLE:
@@ -238,18 +241,18 @@ class Psycopg2Link:
             psycopg2.Error: whatever the statement raises.
         """
         self._refuse_if_busy("execute in autocommit")
-        conn = self.conn
-        if RAW["autocommit"].__get__(conn):
-            return _detached(conn.cursor(), query, params)
+        real = self.real
+        if RAW["autocommit"].__get__(real):
+            return _detached(self.conn.cursor(), query, params)
         try:
-            set_autocommit(conn, True)
-            return _detached(conn.cursor(), query, params)
+            set_autocommit(real, True)
+            return _detached(self.conn.cursor(), query, params)
         finally:
             self._end_autocommit()
 
     def _end_autocommit(self) -> None:
         if self.status() != UNKNOWN:  # else it is closed, and refuses
-            set_autocommit(self.conn, False)
+            set_autocommit(self.real, False)
 
     def apply_settings(self, settings: Mapping[str, Any]) -> None:
         """Set run-time parameters for the transaction, which this begins if none is open.
@@ -262,7 +265,7 @@ class Psycopg2Link:
         """
         if not settings:
             return
-        conn = self.conn
+        conn = self.real
         calls = ", ".join(["pg_catalog.set_config(%s, %s, true)"] * len(settings))
         values = [text for pair in settings.items() for text in map(_setting_text, pair)]
         with self._cursor() as own:
@@ -279,12 +282,12 @@ class Psycopg2Link:
         """
         status = self.status()
         if status == UNKNOWN:
-            if CLOSE not in self.touched and not RAW["autocommit"].__get__(self.conn):
+            if CLOSE not in self.touched and not RAW["autocommit"].__get__(self.real):
                 raise psycopg2.OperationalError(
                     "the session was lost, and what was not committed with it"
                 )
         elif status != IDLE:
-            if self.conn.status == STATUS_READY:  # begun by SQL: psycopg2's commit() does nothing
+            if self.real.status == STATUS_READY:  # begun by SQL: psycopg2's commit() does nothing
                 self._say("commit")
             else:
                 self.conn.commit()
@@ -295,8 +298,8 @@ class Psycopg2Link:
 
     def _cursor(self) -> cursor:
         """A cursor of psycopg2's own kind: the user's may be of any."""
-        kind = limited_cursor(cursor) if LIMIT in vars(self.conn) else cursor
-        return kind(self.conn)
+        kind = limited_cursor(cursor) if LIMIT in vars(self.real) else cursor
+        return kind(self.real)
 
     def tidy(self, seconds: float | None) -> bool:
         """Roll back, restore client-side settings; within `seconds`.
@@ -305,20 +308,20 @@ class Psycopg2Link:
         in the midst of a two-phase commit, or somebody is still inside a ``with conn:`` of it and would
         end that block on the next borrower's connection.
         """
-        if BLOCK in self.touched or self.conn.status == STATUS_PREPARED:
+        if BLOCK in self.touched or self.real.status == STATUS_PREPARED:
             return False
         if self.status() in {ACTIVE, UNKNOWN}:
             return False
         try:
             with self._tending(deadline_in(seconds)) as bound:
                 self._roll_back()
-                self._settings.restore(self.conn)
+                self._settings.restore(self.real)
         except psycopg2.Error:
             return False
         return not bound.rang and self._is_at_rest()
 
     def _roll_back(self) -> None:
-        conn = self.conn
+        conn = self.real
         if self.status() != IDLE and conn.status == STATUS_READY:  # begun by SQL
             self._say("rollback")
         if conn.status != STATUS_READY:
@@ -338,7 +341,7 @@ class Psycopg2Link:
         Raises:
             psycopg2.Error: an error of the server, a broken session, or no answer in time.
         """
-        conn = self.conn
+        conn = self.real
         autocommit = RAW["autocommit"].__get__(conn)
         with self._tending(deadline) as bound:
             try:
@@ -357,7 +360,7 @@ class Psycopg2Link:
     @contextmanager
     def _tending(self, deadline: float) -> Iterator[Bound]:
         """Ask the server something, until the deadline; a parked connection stays refused to others."""
-        conn = self.conn
+        conn = self.real
         found = conn.__class__
         if found is self.dead:
             conn.__class__ = self._tended
@@ -374,7 +377,7 @@ class Psycopg2Link:
         held until somebody came.
         """
         try:
-            clock = vars(self.conn).get(LIMIT)
+            clock = vars(self.real).get(LIMIT)
             seconds = RESET_SECONDS if clock is None else min(RESET_SECONDS, clock.limit.seconds)
             with self._tending(deadline_in(seconds)):
                 self._roll_back()
@@ -384,7 +387,7 @@ class Psycopg2Link:
         return self._settle()
 
     def _login(self) -> str:
-        return str(RAW["info"].__get__(self.conn).user)
+        return str(RAW["info"].__get__(self.real).user)
 
     def finish_reset(self, seconds: float | None) -> bool:  # noqa: ARG002  the protocol's
         """Tell if `start_reset` left it clean; nothing is awaited."""
@@ -398,8 +401,8 @@ class Psycopg2Link:
             if self.status() != UNKNOWN and wait(self.fd, READ, 0.0):
                 # The first call swallows the server's last message without an error, the second
                 # meets the end of the stream.
-                RAW["poll"](self.conn)
-                RAW["poll"](self.conn)
+                RAW["poll"](self.real)
+                RAW["poll"](self.real)
         except psycopg2.Error:
             return True
         return self.status() == UNKNOWN
@@ -415,7 +418,7 @@ class Psycopg2Link:
             self.discard()
             return
         with suppress(psycopg2.Error):
-            RAW["close"](self.conn)
+            RAW["close"](self.real)
 
     def discard(self) -> None:
         """Shut the socket down, and leave the memory to whoever still holds the connection."""
@@ -433,16 +436,16 @@ class Psycopg2Link:
 
     def abandon(self, *, busy: bool) -> None:
         """In a forked child: let go of the parent's session without a byte on the wire."""
-        self.conn.__class__ = self._inherited
+        self.real.__class__ = self._inherited
         holds = self._holds_descriptor()
         # A child that ran no at-fork hooks may have closed the number and opened a file on it.
         ours = holds and self._is_same_socket()
         if ours:
             point_at_null(self.fd)
         if busy or (holds and not ours):
-            GRAVEYARD.append(self.conn)
+            GRAVEYARD.append((self.conn, self.real))
         else:
-            RAW["close"](self.conn)
+            RAW["close"](self.real)
 
     def _is_same_socket(self) -> bool:
         try:
@@ -452,7 +455,7 @@ class Psycopg2Link:
 
     def _holds_descriptor(self) -> bool:
         try:
-            return bool(RAW["fileno"](self.conn) == self.fd)
+            return bool(RAW["fileno"](self.real) == self.fd)
         except psycopg2.Error:  # closed or broken: libpq has closed it
             return False
 

@@ -204,7 +204,7 @@ class DriverConformance:
         conn = self._do(self.connected(conninfo))
         self._do(self.run(conn, "begin"))
         self._not_adopted(conn, "it is in a transaction")
-        self._do(self.run(conn, "rollback"))
+        self._do(conn.rollback() if hasattr(conn, "rollback") else self.run(conn, "rollback"))
         link = self._do(self.driver.adopt(conn, Recipe(), PATIENCE))
         self._do(link.close())
 
