@@ -19,6 +19,7 @@ from penstock.errors import (
     Hold,
     Holder,
     MisuseError,
+    OwnHold,
     PenstockError,
     PoolClosed,
     PoolTimeout,
@@ -26,8 +27,8 @@ from penstock.errors import (
     StatementTimeout,
     TooManyRequests,
     flavoured,
-    holder_report,
 )
+from penstock.stacks import holder_report
 
 FULL = Counts(in_use=10, max_size=10, waiting=4)
 REPORT = Holder(
@@ -82,6 +83,7 @@ class AwkwardDriver:
 
 ALL: list[tuple[type[PenstockError], dict[str, Any]]] = [
     (PoolTimeout, {"timeout": 5.0, "waited": 5.01, "counts": FULL, "holders": [REPORT]}),
+    (PoolTimeout, {"counts": FULL, "own": [OwnHold(seconds=0.44)], "loop": "asyncio"}),
     (ServerUnavailable, {"attempts": 7, "down_seconds": 12.34, "sqlstate": "28P01"}),
     (StatementTimeout, {"seconds": 1.5}),
     (TooManyRequests, {"max_waiting": 4, "counts": FULL}),
@@ -102,6 +104,49 @@ def test_a_timeout_says_who_holds_what_since_when_and_where() -> None:
         "  help: penstock's docs/errors/pool-timeout.md"
     )
     assert error.holders[0].query is not None  # for those who look; in no text
+
+
+@pytest.mark.parametrize(
+    ("own", "line"),
+    [
+        (
+            [OwnHold(seconds=0.44, file="/srv/shop/app/views.py", line=123)],
+            "this thread itself holds one of them, since 0.4 s, borrowed at app/views.py:123",
+        ),
+        (
+            [OwnHold(seconds=2, kind="task", file="/srv/shop/app.py", line=7, function="Job.run")]
+            * 2,
+            "this task itself holds 2 of them, since 2.0 s, in a variable of Job.run() at shop/app.py:7",
+        ),
+        (
+            [OwnHold(seconds=0.04, kind="greenlet")],
+            "this greenlet itself holds one of them, since 0.0 s, borrowed at a place that was not noted",
+        ),
+    ],
+)
+def test_a_timeout_says_first_what_the_borrower_itself_holds(own: list[OwnHold], line: str) -> None:
+    text = str(PoolTimeout(pool="shop", timeout=5, counts=FULL, holders=[REPORT], own=own))
+    assert text.splitlines()[1] == f"  {line}"
+    step = "use the connection that it has, or give it back first, or raise max_size"
+    assert f"next step: {step}" in text
+
+
+@pytest.mark.parametrize(
+    ("loop", "step"),
+    [
+        (
+            "asyncio",
+            "use AsyncConnectionPool in `async def`, or call this pool by asyncio.to_thread()",
+        ),
+        ("trio", "call this pool in a thread: trio.to_thread.run_sync()"),
+    ],
+)
+def test_a_timeout_in_an_event_loops_thread_names_the_way_out(loop: str, step: str) -> None:
+    text = str(
+        PoolTimeout(pool="shop", timeout=5, counts=FULL, own=[OwnHold(seconds=1)], loop=loop)
+    )
+    assert f"this thread runs an event loop ({loop}), which stood still" in text
+    assert f"next step: {step}" in text
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,8 @@ class AsyncBorrowing(AsyncUpkeep):
             clock() - began,
             silent_since=waiter.silent_since,
             where=self._opener.where,
+            owner=waiter.owner,
+            top=sys._getframe(),
         )
 
     def _leave_queue(self, waiter: Waiter) -> None:

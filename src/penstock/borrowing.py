@@ -83,7 +83,7 @@ class Borrowing(Upkeep):
         gate = hub.gate()
         waiter = Waiter(threading.get_ident(), partial(gate.put, None))
         try:
-            waiter.keeps = self._kept()
+            waiter.keeps = self._kept(seconds)
             self._queue_up(waiter)
             return self._wait(waiter, gate, seconds)
         except BaseException:
@@ -95,9 +95,11 @@ class Borrowing(Upkeep):
             orders = self._machine.queue_up(waiter, clock())
         self._carry_out(orders)
 
-    def _kept(self) -> Collection[int]:
-        """Serials of the connections that stay lent while the calling thread waits."""
+    def _kept(self, seconds: float) -> Collection[int]:
+        """Serials of the connections that stay lent while the calling thread waits so long."""
         held = self._machine.held_by(threading.get_ident())
+        if held and _blocked_loop(seconds):
+            return held  # nothing else runs in this thread that could give them back
         return kept_on_stack(held, sys._getframe()) if held else ()
 
     def _wait(self, waiter: Waiter, gate: hub.Gate, seconds: float) -> Slot:
@@ -133,6 +135,9 @@ class Borrowing(Upkeep):
             clock() - began,
             silent_since=waiter.silent_since,
             where=self._opener.where,
+            owner=waiter.owner,
+            top=sys._getframe(),
+            loop=_blocked_loop(seconds),
         )
 
     def _time_out(self, waiter: Waiter) -> Slot | None:
@@ -544,6 +549,14 @@ def kept_on_stack(held: Mapping[int, Any], top: FrameType) -> Collection[int]:
     serials = {id(link.conn): serial for serial, link in held.items()}
     sights = stacks.seen(serials, top)
     return {serials[number] for number, sight in sights.items() if sight.kept}
+
+
+def _blocked_loop(seconds: float) -> str:
+    """Whose event loop stands still while the calling thread waits so long; "": none.
+
+    Where waits are gevent's, other greenlets of the thread go on.
+    """
+    return "" if seconds <= 0 or hub.has_green_waits() or hub.is_green() else stacks.event_loop()
 
 
 def notice_fork() -> None:

@@ -5,7 +5,7 @@ error that is caught and retried costs nothing more. No text holds a password, a
 statement.
 
 It must not know: pools, runtimes, the machine. It looks at nothing but what it was given, except
-`holder_report`, which reads where other threads stand at that moment.
+`called_at`, which reads where its caller stands.
 
 No lock: errors belong to whoever raises them; `_flavours` is a dict used by single atomic operations.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +99,35 @@ class Hold:
     kind: str = "thread"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnHold:
+    """A connection that the borrower itself held when it got no other.
+
+    Attributes:
+        seconds: how long it had had it.
+        kind: what the borrower is: "thread", "task" or "greenlet".
+        file: path of the source file that `line` is in; None: where it was borrowed is not known.
+        line: where it was borrowed; else where a function stands that has it in a variable.
+        function: that function's qualified name; None: `line` is where it was borrowed.
+    """
+
+    seconds: float
+    kind: str = "thread"
+    file: str | None = None
+    line: int | None = None
+    function: str | None = None
+
+    def __str__(self) -> str:
+        text = f"since {self.seconds:.1f} s, "
+        if self.file is None:
+            return f"{text}borrowed at a place that was not noted"
+        place = f"{_short(self.file)}:{self.line}"
+        if self.function is None:
+            return f"{text}borrowed at {place}"
+        owner = "the module" if self.function == "<module>" else f"{self.function}()"
+        return f"{text}in a variable of {owner} at {place}"
+
+
 class ErrorSource(Protocol):
     """The part of a driver that gives errors their second base class."""
 
@@ -154,13 +183,17 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
         waited: seconds it did wait.
         counts: what the slots were doing when it gave up.
         holders: who had the connections, longest first; may be cut short.
+        own: those that the borrower itself had, longest first.
+        loop: "asyncio" or "trio" if the borrower's thread runs its event loop, which stood still; else "".
     """
 
     timeout: float
     waited: float
     counts: Counts
     holders: tuple[Holder, ...]
-    _fields = ("pool", "timeout", "waited", "counts", "holders")
+    own: tuple[OwnHold, ...]
+    loop: str
+    _fields = ("pool", "timeout", "waited", "counts", "holders", "own", "loop")
     _page = "docs/errors/pool-timeout.md"
 
     def __init__(
@@ -171,20 +204,39 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
         waited: float = 0.0,
         counts: Counts | None = None,
         holders: Sequence[Holder] = (),
+        own: Sequence[OwnHold] = (),
+        loop: str = "",
     ) -> None:
         super().__init__(pool=pool)
         self.timeout = timeout
         self.waited = waited
         self.counts = counts or Counts()
         self.holders = tuple(holders)
+        self.own = tuple(own)
+        self.loop = loop
 
     def _text(self) -> str:
         patience = f"within {self.timeout:.1f} s" if self.timeout else "free at once"
         lines = [f"no connection {patience} from {_pool(self.pool)}: {_figures(self.counts)}."]
+        if self.own:
+            count = "one" if len(self.own) == 1 else str(len(self.own))
+            lines.append(f"  this {self.own[0].kind} itself holds {count} of them, {self.own[0]}")
+        if self.loop:
+            lines.append(
+                f"  this thread runs an event loop ({self.loop}), which stood still meanwhile"
+            )
         if self.holders:
             lines.append("  held longest: " + "; ".join(map(str, self.holders)))
-        lines.append(f"  next step: {_step_when_full(self.counts, self.holders)}")
+        lines.append(f"  next step: {self._step()}")
         return "\n".join(lines)
+
+    def _step(self) -> str:
+        full = self.counts.in_use >= self.counts.max_size
+        if full and self.loop:
+            return step_on_a_loop(self.loop)
+        if full and self.own:
+            return STEP_OWN
+        return _step_when_full(self.counts, self.holders)
 
 
 class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
@@ -594,61 +646,6 @@ _PLUMBING = frozenset(
 )
 
 
-def holder_report(
-    holds: Iterable[Hold],
-    *,
-    limit: int = 3,
-    frames: Mapping[int, types.FrameType] | None = None,
-) -> list[Holder]:
-    """Find out where the holders of connections stand right now.
-
-    Costs nothing until it is called, and then one walk up each stack. Never raises an
-    `Exception`: an error report must not hide the error.
-
-    Args:
-        holds: the leases to report.
-        limit: how many to report, longest held first.
-        frames: ident -> current frame; the default is `sys._current_frames()`. Runtimes whose
-            borrowers are no threads hand in theirs.
-
-    Returns:
-        At most `limit` holders, longest first; empty if nothing could be found out.
-    """
-    now: Mapping[int, types.FrameType] | None = None
-    try:
-        longest = sorted(holds, key=lambda hold: hold.seconds, reverse=True)[:limit]
-        now = sys._current_frames() if frames is None else frames  # noqa: SLF001  the documented way
-        return [_holder(hold, now.get(hold.ident)) for hold in longest]
-    except Exception:  # noqa: BLE001  see above
-        return []
-    finally:
-        now = None  # it holds this frame, too: a cycle that would keep every thread's variables
-
-
-def _holder(hold: Hold, top: types.FrameType | None) -> Holder:
-    frame = _first_of_user(top)
-    return Holder(
-        seconds=hold.seconds,
-        thread=hold.thread or _thread_name(hold.ident),
-        file=None if frame is None else frame.f_code.co_filename,
-        line=None if frame is None else frame.f_lineno,
-        # co_qualname has the class, too
-        function=None if frame is None else frame.f_code.co_qualname,
-        activity=hold.activity,
-        query=hold.query,
-        kind=hold.kind,
-    )
-
-
-def _first_of_user(top: types.FrameType | None) -> types.FrameType | None:
-    frame = top
-    while frame is not None:
-        if not is_plumbing(frame):
-            return frame
-        frame = frame.f_back
-    return top  # plumbing all the way down: better than nothing
-
-
 def called_at() -> str:
     """Where the user's code is that has called penstock: " (at app/report.py:42)"; "" if nobody has.
 
@@ -664,13 +661,6 @@ def is_plumbing(frame: types.FrameType) -> bool:
     """Whether this frame is penstock's, a driver's or a runtime's, and not the user's."""
     module = frame.f_globals.get("__name__")
     return str(module).partition(".")[0] in _PLUMBING
-
-
-def _thread_name(ident: int) -> str:
-    # Only where threading is in use already; `enumerate()` would take a lock of threading's.
-    threading = sys.modules.get("threading")
-    thread = getattr(threading, "_active", {}).get(ident)
-    return str(getattr(thread, "name", ident))
 
 
 # -- phrases ------------------------------------------------------------------------------------
@@ -717,6 +707,17 @@ def _step_when_full(counts: Counts, holders: Sequence[Holder]) -> str:
             "else raise max_size or timeout"
         )
     return "give connections back sooner (the longest first), or raise max_size or timeout"
+
+
+#: Where a borrower holds what it waits for.
+STEP_OWN = "use the connection that it has, or give it back first, or raise max_size"
+
+
+def step_on_a_loop(loop: str) -> str:
+    """Where a pool that blocks is used on an event loop."""
+    if loop == "asyncio":
+        return "use AsyncConnectionPool in `async def`, or call this pool by asyncio.to_thread()"
+    return f"call this pool in a thread: {loop}.to_thread.run_sync()"
 
 
 # Next steps by SQLSTATE, https://www.postgresql.org/docs/current/errcodes-appendix.html

@@ -9,6 +9,8 @@ report is a snapshot, and must not wait for what it reports on.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from penstock import hub
@@ -16,21 +18,26 @@ from penstock._machine.machine import Machine, Phase, Refusal
 from penstock._machine.slot import SlotState
 from penstock.clock import clock
 from penstock.errors import (
+    STEP_OWN,
     STEP_SILENT,
     Counts,
     Hold,
     Holder,
     MisuseError,
+    OwnHold,
     PenstockError,
     PoolClosed,
     PoolTimeout,
     ServerUnavailable,
     TooManyRequests,
     flavoured,
-    holder_report,
+    step_on_a_loop,
 )
+from penstock.stacks import holder_report, seen
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from penstock._machine.outage import Outage
     from penstock._machine.slot import Slot
     from penstock.opening import Failure
@@ -139,10 +146,14 @@ class Reporter:
         *,
         silent_since: float | None = None,
         where: str | None = None,
+        owner: int = 0,
+        top: FrameType | None = None,
+        loop: str = "",
     ) -> PenstockError:
         """Why a borrower got nothing; `refusal` None: its timeout passed. The cause is attached.
 
-        `silent_since`: what the machine says of the server; `where`: which one that is.
+        `silent_since`: what the machine says of the server; `where`: which one that is. `owner` and
+        `top`: who it is, and where it stands; `loop`: whose event loop it holds up.
         """
         machine = self._machine
         if refusal is Refusal.CLOSED:
@@ -152,7 +163,7 @@ class Reporter:
                 TooManyRequests, max_waiting=machine.limits.max_waiting, counts=self.counts()
             )
         if refusal is Refusal.DEADLOCK:
-            return self.deadlock()
+            return self.deadlock(loop)
         outage = machine.outage
         if outage is not None and (
             refusal is Refusal.UNREACHABLE or silent_since is not None or not self._any_alive()
@@ -170,6 +181,8 @@ class Reporter:
             waited=waited,
             counts=self.counts(),
             holders=self.holders(),
+            own=self._own(owner, top),
+            loop=loop,
         )
         if outage is not None:  # full, and no more can be had: say why
             error.__cause__ = outage.error.error
@@ -180,13 +193,20 @@ class Reporter:
         at = self.closed_at
         return self._make(PoolClosed, closed_seconds=None if at is None else clock() - at)
 
-    def deadlock(self) -> PenstockError:
-        """Every connection is held by somebody who waits for one, the caller among them."""
+    def deadlock(self, loop: str = "") -> PenstockError:
+        """Every connection is held by a borrower that waits for one, the caller among them."""
+        in_use = f"({self.counts().in_use} of {self._machine.limits.max_size} in use)"
+        if loop:
+            return self.misuse(
+                f"this thread runs an event loop ({loop}), which stands still while it waits, and holds "
+                f"connections itself; every other one is held by a borrower that waits {in_use}: it "
+                "would wait for itself",
+                step_on_a_loop(loop),
+            )
         return self.misuse(
             "this borrower holds a connection and asks for another, while every connection is held "
-            f"by a borrower that waits ({self.counts().in_use} of {self._machine.limits.max_size} "
-            "in use): it would wait for itself",
-            "use the connection that it has, or give it back first, or raise max_size",
+            f"by a borrower that waits {in_use}: it would wait for itself",
+            STEP_OWN,
         )
 
     def ending(self) -> PenstockError:
@@ -268,6 +288,31 @@ class Reporter:
         found = tuple(self._report(holds))
         self._holders = (now, found)
         return found
+
+    def _own(self, owner: int, top: FrameType | None) -> list[OwnHold]:
+        """What the borrower itself holds, longest first; `top`: where it stands."""
+        now = clock()
+        held = [
+            (slot.borrowed_at, slot.place, slot.link)
+            for slot in self._machine.slots()
+            if owner and slot.holder == owner and _is_lent(slot) and slot.link is not None
+        ]
+        sights = seen({id(link.conn) for _, _, link in held}, top) if held else {}
+        found = []
+        for since, noted, link in sorted(held, key=itemgetter(0)):
+            sight, seconds = sights.get(id(link.conn)), max(0.0, now - since)
+            own = partial(OwnHold, seconds=seconds, kind=self._kind())
+            if noted is not None and noted[0] == since:
+                found.append(own(file=noted[1], line=noted[2]))
+            elif sight is None:
+                found.append(own())
+            else:
+                function = None if sight.bound else sight.function
+                found.append(own(file=sight.file, line=sight.line, function=function))
+        return found
+
+    def _kind(self) -> str:
+        return "greenlet" if hub.is_green() else "thread"
 
     def holder_of(self, slot: Slot) -> Holder | None:
         """Where this slot's holder stands now."""

@@ -1,8 +1,8 @@
-"""What the stack of the calling thread, task or greenlet shows of the connections that it has borrowed.
+"""What stacks show: where holders stand, what a borrower's own stack keeps, whether a loop runs beneath it.
 
-One job: find those connections in the variables of the frames that are running, and say which of them
-cannot be given back before these frames go on. It is asked by a borrower that has to wait and holds a
-connection; never on the hot path.
+One job: read frames, for errors and for a borrower that has to wait while it holds a connection; never
+on the hot path. Of its own stack it finds the connections in the variables of the frames that are
+running, and says which of them cannot be given back before these frames go on.
 
 It must not know: pools, slots, drivers. It knows connections by their `id`.
 
@@ -15,11 +15,98 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
+from penstock.errors import Hold, Holder, is_plumbing
+
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Mapping
     from types import CodeType, FrameType
+
+# -- where the holders stand ------------------------------------------------------------------------
+
+
+def holder_report(
+    holds: Iterable[Hold],
+    *,
+    limit: int = 3,
+    frames: Mapping[int, FrameType] | None = None,
+) -> list[Holder]:
+    """Find out where the holders of connections stand right now.
+
+    Costs nothing until it is called, and then one walk up each stack. Never raises an
+    `Exception`: an error report must not hide the error.
+
+    Args:
+        holds: the leases to report.
+        limit: how many to report, longest held first.
+        frames: ident -> current frame; the default is `sys._current_frames()`. Runtimes whose
+            borrowers are no threads hand in theirs.
+
+    Returns:
+        At most `limit` holders, longest first; empty if nothing could be found out.
+    """
+    now: Mapping[int, FrameType] | None = None
+    try:
+        longest = sorted(holds, key=lambda hold: hold.seconds, reverse=True)[:limit]
+        now = sys._current_frames() if frames is None else frames  # noqa: SLF001  the documented way
+        return [_holder(hold, now.get(hold.ident)) for hold in longest]
+    except Exception:  # noqa: BLE001  see above
+        return []
+    finally:
+        now = None  # it holds this frame, too: a cycle that would keep every thread's variables
+
+
+def _holder(hold: Hold, top: FrameType | None) -> Holder:
+    frame = _first_of_user(top)
+    return Holder(
+        seconds=hold.seconds,
+        thread=hold.thread or _thread_name(hold.ident),
+        file=None if frame is None else frame.f_code.co_filename,
+        line=None if frame is None else frame.f_lineno,
+        # co_qualname has the class, too
+        function=None if frame is None else frame.f_code.co_qualname,
+        activity=hold.activity,
+        query=hold.query,
+        kind=hold.kind,
+    )
+
+
+def _first_of_user(top: FrameType | None) -> FrameType | None:
+    frame = top
+    while frame is not None:
+        if not is_plumbing(frame):
+            return frame
+        frame = frame.f_back
+    return top  # plumbing all the way down: better than nothing
+
+
+def _thread_name(ident: int) -> str:
+    # Only where threading is in use already; `enumerate()` would take a lock of threading's.
+    threading = sys.modules.get("threading")
+    thread = getattr(threading, "_active", {}).get(ident)
+    return str(getattr(thread, "name", ident))
+
+
+def place_of_caller() -> tuple[str, int] | None:
+    """The user's code that has called penstock: file and line."""
+    for frame in _outwards(sys._getframe(1)):  # noqa: SLF001  the documented way
+        if not is_plumbing(frame):
+            return frame.f_code.co_filename, frame.f_lineno or 0
+    return None
+
+
+def event_loop() -> str:
+    """Whose event loop runs in the calling thread, and stands still while it waits; "": nobody's."""
+    running = getattr(sys.modules.get("asyncio"), "_get_running_loop", None)
+    if running is not None and running() is not None:
+        return "asyncio"
+    in_trio_run = getattr(getattr(sys.modules.get("trio"), "lowlevel", None), "in_trio_run", None)
+    return "trio" if in_trio_run is not None and in_trio_run() else ""
+
+
+# -- what a borrower's own stack keeps --------------------------------------------------------------
 
 
 class Sight(NamedTuple):

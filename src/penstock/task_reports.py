@@ -11,8 +11,9 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from penstock.errors import Hold, Holder, holder_report, is_plumbing
+from penstock.errors import Hold, Holder, is_plumbing
 from penstock.reports import Reporter
+from penstock.stacks import holder_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,6 +36,9 @@ class TaskReporter(Reporter):
     ) -> None:
         super().__init__(name, machine, driver)
         self._loop_of = loop_of
+
+    def _kind(self) -> str:
+        return "task"
 
     def _report(self, holds: list[Hold]) -> list[Holder]:
         tasks = {id(task): task for task in _tasks_of(self._loop_of())}

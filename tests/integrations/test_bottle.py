@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from tests.forks import until
 
-from penstock import ConnectionPool, MisuseError
+from penstock import ConnectionPool, MisuseError, PoolTimeout
 
 bottle = pytest.importorskip("bottle")
 from penstock.integrations.bottle import Penstock  # noqa: E402
@@ -716,3 +716,37 @@ def test_a_full_pool_is_a_500_or_where_it_is_wanted_a_503(notes, caplog):
     assert found == {500: None, 503: "7"}
     (told,) = [line for line in shop.warnings() if "no connection within" in line]
     assert "1 of 1 in use" in told
+
+
+# -- a view that asks its pool for a second connection --------------------------------------------------
+
+
+def test_a_view_that_has_its_connection_and_asks_for_another_is_refused_at_once(shop_of):
+    shop = shop_of(timeout=30.0)
+
+    @shop.app.get("/")
+    def view(db):
+        with pytest.raises(MisuseError, match="wait for itself"):
+            shop.pool.execute("select 1")
+        return str(db.execute("select 2").fetchone()[0])
+
+    assert shop.get().text == "2"
+
+
+def test_where_it_is_not_seen_the_error_tells_that_it_holds_one_itself_and_the_view(shop_of):
+    shop = shop_of(timeout=0.1)
+    told = []
+
+    def view(**kwargs):
+        with pytest.raises(PoolTimeout) as caught:
+            shop.pool.execute("select 1")
+        told.append(caught.value)
+        return "answered"
+
+    line = view.__code__.co_firstlineno
+    shop.app.get("/", penstock={"keyword": "db"})(view)
+    assert shop.get().text == "answered"
+    (own,) = told[0].own
+    assert own.line == line
+    assert "this thread itself holds one of them, since " in str(told[0])
+    assert f"borrowed at integrations/test_bottle.py:{line}" in str(told[0])

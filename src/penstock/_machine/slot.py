@@ -106,6 +106,8 @@ class Slot:
             clock at the return as well would cost 15 % of borrow and return.
         holder: who has it (a thread's identity, a task), for reports and for self-deadlock.
         loose: lent by getconn(): whoever took it need not be who gives it back.
+        place: where it was borrowed: `borrowed_at` (older: of an earlier borrow), file and line; None where
+            the way in does not note it.
         told: its being overdue has been reported.
         reset_pending: a session reset was sent and its answer not read yet.
         outdated: what its driver has prepared may be of an older schema; whoever is given the slot has it
@@ -127,6 +129,7 @@ class Slot:
         "loose",
         "opened_at",
         "outdated",
+        "place",
         "ref",
         "reset_pending",
         "retire_at",
@@ -146,6 +149,7 @@ class Slot:
         self.borrowed_at = now
         self.holder: int = 0
         self.loose = False
+        self.place: tuple[float, str, int] | None = None
         self.told = False
         self.reset_pending = False
         self.outdated = False

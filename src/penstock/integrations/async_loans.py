@@ -32,6 +32,8 @@ from penstock._machine.slot import Reason
 from penstock.borrowing import GivenBack
 from penstock.errors import MisuseError
 from penstock.integrations.async_transactions import AsyncpgShape, PsycopgShape
+from penstock.integrations.loans import note_place
+from penstock.stacks import place_of_caller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -116,6 +118,7 @@ class AsyncLoan:
             begins: whether transactions are to be begun on one that does not do so by itself.
         """
         conn = self.conn = await self._lease.__aenter__()
+        note_place(self._lease, place_of_caller())
         by_itself = hasattr(conn, "commit") and hasattr(conn, "rollback")
         self.shape = PsycopgShape(conn) if by_itself else AsyncpgShape(conn, begins=begins)
 

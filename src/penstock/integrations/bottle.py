@@ -153,9 +153,11 @@ class Penstock:
         if options.keyword is None:
             return callback
 
+        place = _place_of(callback)
+
         def lent(*args: Any, **kwargs: Any) -> Any:
             try:
-                return self._serve(callback, route, options, args, kwargs)
+                return self._serve(callback, route, options, args, kwargs, place=place)
             except (PoolTimeout, ServerUnavailable, TooManyRequests) as error:
                 if self._retry_after is None:
                     raise
@@ -177,6 +179,8 @@ class Penstock:
         options: RouteOptions,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        *,
+        place: tuple[str, int] | None,
     ) -> Any:
         keyword = str(options.keyword)
         if keyword in kwargs:
@@ -188,7 +192,7 @@ class Penstock:
             )
         work = _Work(f"{request.method} {route.rule}", options.transactions)
         try:
-            kwargs[keyword] = work.borrow(self._pool, self._hooks)
+            kwargs[keyword] = work.borrow(self._pool, self._hooks, place)
             try:
                 answer = view(*args, **kwargs)
             except HTTPResponse as raised:  # redirect(), abort(): an answer as any other
@@ -232,9 +236,14 @@ class _Work:
         self._transactions = transactions
         self._is_answered = False
 
-    def borrow(self, pool: ConnectionPool[Any], hooks: list[Callable[[Any], object]]) -> Any:
+    def borrow(
+        self,
+        pool: ConnectionPool[Any],
+        hooks: list[Callable[[Any], object]],
+        place: tuple[str, int] | None,
+    ) -> Any:
         autocommit = self._transactions == "autocommit"
-        return self._loans.borrow(_KEY, pool, hooks, autocommit=autocommit).conn
+        return self._loans.borrow(_KEY, pool, hooks, autocommit=autocommit, place=place).conn
 
     def answered(self, answer: Any) -> Any:
         """The view has answered: commit and give back, or do it when the body has ended."""
@@ -381,6 +390,12 @@ def _goes_on(body: Any) -> bool:
 def _is_part_of_file(body: Any) -> bool:
     code = getattr(getattr(body, "iterator", None), "gi_code", None)
     return code is not None and code is _PART_OF_FILE
+
+
+def _place_of(view: Any) -> tuple[str, int] | None:
+    """Where a view is written: its connection is borrowed before it runs."""
+    code = getattr(inspect.unwrap(view), "__code__", None)
+    return None if code is None else (code.co_filename, code.co_firstlineno)
 
 
 def _takes(view: Any, keyword: str) -> bool:

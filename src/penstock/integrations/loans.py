@@ -27,6 +27,7 @@ from weakref import WeakSet, WeakValueDictionary
 from penstock._machine.slot import Reason
 from penstock.borrowing import GivenBack
 from penstock.errors import MisuseError
+from penstock.stacks import place_of_caller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,6 +58,12 @@ def execute(conn: Any, query: Any, params: Any = None) -> Any:
     return cursor
 
 
+def note_place(lease: Any, place: tuple[str, int] | None) -> None:
+    """Remember where a connection was borrowed, for the error of a unit that asks for a second one."""
+    if place is not None and getattr(lease, "_slot", None) is not None:
+        lease._slot.place = (lease._slot.borrowed_at, *place)  # noqa: SLF001  plain leases note none
+
+
 class Loan:
     """One borrowed connection, and what is known about its transaction.
 
@@ -78,7 +85,9 @@ class Loan:
         "streams",
     )
 
-    def __init__(self, pool: ConnectionPool[Any], *, autocommit: bool) -> None:
+    def __init__(
+        self, pool: ConnectionPool[Any], *, autocommit: bool, place: tuple[str, int] | None = None
+    ) -> None:
         self.name = pool.name
         self.streams: WeakSet[Any] = WeakSet()
         self._pid = os.getpid()
@@ -89,6 +98,7 @@ class Loan:
         # None leaves it to the pool, which may be in autocommit by itself.
         self._lease = pool.connection(autocommit=True if autocommit else None)
         self.conn: Any = self._lease.__enter__()
+        note_place(self._lease, place or place_of_caller())
 
     def status(self) -> int:
         """What the session is doing, without asking the server."""
@@ -220,9 +230,17 @@ class Loans:
         self._streamed: WeakValueDictionary[str, Loan] = WeakValueDictionary()
 
     def borrow(
-        self, key: str, pool: ConnectionPool[Any], hooks: Hooks = (), *, autocommit: bool = False
+        self,
+        key: str,
+        pool: ConnectionPool[Any],
+        hooks: Hooks = (),
+        *,
+        autocommit: bool = False,
+        place: tuple[str, int] | None = None,
     ) -> Loan:
         """Give the loan of a database: the one that is there, or a new one.
+
+        `place`: whose connection it is (file, line), where that code does not call.
 
         Raises:
             PenstockError: as `pool.connection()`.
@@ -234,7 +252,7 @@ class Loans:
                 self._drop(key, loan, None)
                 loan = None
             if loan is None:
-                loan = self._open[key] = Loan(pool, autocommit=autocommit)
+                loan = self._open[key] = Loan(pool, autocommit=autocommit, place=place)
             try:
                 loan.equip(hooks)
             except BaseException as error:

@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from penstock import MisuseError
+from penstock import MisuseError, PoolTimeout
 from tests.contract.scenarios import scenario
 
 
@@ -100,3 +100,78 @@ async def of_two_that_it_holds_both_must_be_kept(w):
             assert second is not mine
         await other.join()
     assert pool.stats().refused == 0
+
+
+# -- what a borrower that has waited in vain is told -----------------------------------------------------
+
+
+async def told(pool):
+    """The error of a borrower that waits in vain."""
+    with pytest.raises(PoolTimeout) as caught:
+        await pool.execute("select 1", timeout=0.05)
+    return caught.value
+
+
+@scenario
+async def a_borrower_that_holds_one_of_those_that_it_waits_for_is_told_so_first(w):
+    pool = w.pool(max_size=1)
+    async with pool.connection():  # no variable: nothing proves who gives it back
+        error = await told(pool)
+    assert len(error.own) == 1
+    assert error.own[0].file is None
+    first, second, *_ = str(error).splitlines()
+    assert "1 of 1 in use" in first
+    assert second.startswith(f"  this {error.own[0].kind} itself holds one of them, since ")
+    assert "borrowed at a place that was not noted" in second
+    assert "next step: use the connection that it has, or give it back first" in str(error)
+    assert "end transactions" not in str(error)
+
+
+@scenario
+async def the_place_of_what_getconn_has_lent_is_where_its_variable_is(w):
+    pool = w.pool(max_size=1)
+    conn = await pool.getconn()
+    error = await told(pool)
+    await pool.putconn(conn)
+    (own,) = error.own
+    assert own.function == "the_place_of_what_getconn_has_lent_is_where_its_variable_is"
+    assert f"in a variable of {own.function}() at scenarios/self_deadlock.py:{own.line}" in str(
+        error
+    )
+
+
+@scenario
+async def where_a_with_has_bound_it_its_line_is_where_it_was_borrowed(w):
+    pool = w.pool(max_size=2)
+    other = await w.borrow(pool).wait()
+    async with pool.connection() as conn:
+        error = await told(pool)
+        assert conn is not None
+    await other.end()
+    (own,) = error.own
+    begins = where_a_with_has_bound_it_its_line_is_where_it_was_borrowed.__code__.co_firstlineno
+    assert (own.line or 0) - begins == 4
+    assert own.function is None
+    assert f"borrowed at scenarios/self_deadlock.py:{own.line}" in str(error)
+
+
+@scenario
+async def a_borrower_that_holds_none_is_told_nothing_of_the_kind(w):
+    pool = w.pool(max_size=1)
+    other = await w.borrow(pool).wait()
+    error = await told(pool)
+    await other.end()
+    assert error.own == ()
+    assert "itself" not in str(error)
+
+
+@scenario
+async def what_a_borrower_holds_of_another_pool_is_no_deadlock(w):
+    one, two = w.pool(max_size=1), w.pool(max_size=1)
+    async with one.connection() as conn:
+        await two.execute("select 1")
+        other = await w.borrow(two).wait()
+        error = await told(two)
+        await other.end()
+        assert conn is not None
+    assert error.own == ()
