@@ -27,6 +27,7 @@ from penstock._drivers.protocol import (
     Renewable,
     Reply,
     StatementLimit,
+    UnfitOption,
 )
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "Renewable",
     "Reply",
     "StatementLimit",
+    "UnfitOption",
 ]

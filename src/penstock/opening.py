@@ -23,6 +23,7 @@ from penstock.alarm import Alarm
 from penstock.clock import clock
 from penstock.config import application_name
 from penstock.conninfo import Wrong, read
+from penstock.errors import ConfigError
 from penstock.frames import place_noted, without_frames
 from penstock.secret import Hidden, Secret, lifted
 
@@ -117,6 +118,7 @@ class Opener:
         self._driver = driver
         self._name = pool_name
         self._limit = limit
+        _refuse_unfit(_said_in(config), driver, pool_name)
         # The last diagnoses and the failures that they explained: the same words again have the same
         # reason, and need no second attempt. Several, since one cause can come in two wordings by turns.
         self._known: dict[tuple[type, str], Diagnosis] = {}
@@ -137,7 +139,7 @@ class Opener:
         config = self._config
         _refuse_other_types(conninfo, kwargs)
         self.where = where_of(conninfo, kwargs)
-        return Recipe(
+        recipe = Recipe(
             conninfo=conninfo.value,
             kwargs=lifted(dict(kwargs.value or {})),
             connection_class=config.connection_class,
@@ -148,6 +150,9 @@ class Opener:
             reset=config.reset,
             statement_limit=self._limit,
         )
+        if callable(config.conninfo) or callable(config.kwargs):
+            _refuse_unfit(recipe, self._driver, self._name)
+        return recipe
 
     def without_limit(self) -> Opener:
         """One for connections of which no statement is given up (`dedicated()`)."""
@@ -361,6 +366,26 @@ def where_of(conninfo: Hidden[str], kwargs: Hidden[Mapping[str, Any] | None]) ->
     if setting("service", "PGSERVICE") or _UNSHOWN & set(host + port):
         return None
     return f'"{host}" port {port}' if host else f"the local socket, port {port}"
+
+
+def _said_in(config: PoolConfig) -> Recipe:
+    """What a config says of a connect by itself, before any callable is asked."""
+    conninfo, kwargs = Hidden(config.conninfo), Hidden(config.kwargs)
+    return Recipe(
+        conninfo=conninfo.value if isinstance(conninfo.value, str) else "",
+        kwargs=lifted(dict(kwargs.value)) if isinstance(kwargs.value, Mapping) else {},
+        connection_class=config.connection_class,
+    )
+
+
+def _refuse_unfit(recipe: Recipe, driver: Any, pool: str) -> None:
+    """Raise ConfigError for an option that the driver cannot honour; a driver need not be able to tell."""
+    look = getattr(driver, "unfit_option", None)
+    unfit = None if look is None else look(recipe)
+    if unfit is not None:
+        place = "kwargs" if unfit.key in recipe.kwargs else "conninfo"
+        what = f"option {unfit.key!r} in {place} {unfit.what}"
+        raise ConfigError(unfit.key, pool=pool, what=what, hint=unfit.hint)
 
 
 def _refuse_other_types(conninfo: Hidden[str], kwargs: Hidden[Mapping[str, Any] | None]) -> None:

@@ -28,7 +28,7 @@ from penstock._drivers.sockets import deadline_in, seconds_to
 from penstock.errors import PenstockError
 
 if TYPE_CHECKING:
-    from penstock._drivers.protocol import Diagnosis, Recipe
+    from penstock._drivers.protocol import Diagnosis, Recipe, UnfitOption
 
 # 57P01 admin shutdown, 57P02 crash shutdown, 57P03 cannot connect now.
 _SERVER_GOES: Final = ("57P01", "57P02", "57P03")
@@ -91,6 +91,10 @@ class AsyncpgDriver:
     ) -> Diagnosis:
         """Tell why `open` raised `error`; makes no further attempt."""
         return diagnose(error)
+
+    def unfit_option(self, recipe: Recipe) -> UnfitOption | None:
+        """The first option of a recipe that cannot be honoured."""
+        return connecting.unfit_option(recipe)
 
     def ends_session(self, error: BaseException, *, read_write: bool) -> bool:
         """Whether `error`, raised in a lease, means that this and older sessions are not to be trusted.

@@ -25,6 +25,8 @@ import asyncpg
 from penstock._drivers import under_way
 from penstock._drivers.asyncpg_passfile import password_for
 from penstock._drivers.asyncpg_tls import tls_options
+from penstock._drivers.options import unknown_option
+from penstock._drivers.protocol import UnfitOption
 from penstock._drivers.side_threads import call_aside
 from penstock.conninfo import KEYWORDS, Wrong, read, to_url
 from penstock.frames import place_noted, without_frames
@@ -47,6 +49,8 @@ _WITHOUT_EFFECT: Final = {
     "sslcertmode": ("allow",),
     "gssdelegation": ("0",),
 }
+# libpq's words that are done here, where the addresses are: with a service asyncpg finds them by itself.
+_NOT_WITH_SERVICE: Final = frozenset(("hostaddr", "load_balance_hosts", "sslsni"))
 _UNDERSTOOD: Final = frozenset(
     """
     host hostaddr port dbname user password passfile connect_timeout options application_name
@@ -130,10 +134,41 @@ def _as_libpq(value: Any, key: str) -> Any:
 
 def _refuse_what_asyncpg_cannot(words: Words) -> None:
     for key in words:
-        allowed = _WITHOUT_EFFECT.get(key, ())
-        if key not in _UNDERSTOOD and allowed is not None and words[key] not in allowed:
-            # Never silently: half of these words are about whom to trust.
+        if not _can(key, words[key]):
             raise asyncpg.ClientConfigurationError(f"asyncpg cannot do what {key}= asks for")
+
+
+def _can(key: str, value: Any) -> bool:
+    """Whether asyncpg does what a word of libpq's asks for; never silently: half of these are about whom to trust."""
+    allowed = _WITHOUT_EFFECT.get(key, ())
+    return key in _UNDERSTOOD or allowed is None or value in allowed
+
+
+def unfit_option(recipe: Recipe) -> UnfitOption | None:
+    """The first option of a recipe that asyncpg does not have, or cannot do, or that is the pool's."""
+    parameters = inspect.signature(asyncpg.connect).parameters
+    library = f"asyncpg {asyncpg.__version__}"
+    found = read(Secret(recipe.conninfo))
+    said = Hidden[dict[str, Any]]({**({} if isinstance(found, Wrong) else found), **recipe.kwargs})
+    for name in said.value:
+        key = "dbname" if name == "database" else name
+        if key in KEYWORDS:
+            if said.value[name] is None or callable(said.value[name]):
+                continue
+            if not _can(key, _as_libpq(said.value[name], key)):
+                hint = "leave it out, or use psycopg"
+                return UnfitOption(name, f"asks for what {library} cannot do", hint)
+            if key in _NOT_WITH_SERVICE and "service" in said.value:
+                hint = "leave one of the two out"
+                return UnfitOption(name, f"asks for what {library} cannot do with service=", hint)
+            if key in {"service", "servicefile"} and key not in parameters:
+                return UnfitOption(name, f"is unknown to {library}", "asyncpg 0.31 or newer has it")
+        elif name == "loop":
+            hint = "leave it out: a pool belongs to the loop that it is first used on"
+            return UnfitOption(name, "is the pool's own", hint)
+        elif name not in parameters.keys() - _NOT_OPTIONS:
+            return unknown_option(name, library, {*parameters, *_UNDERSTOOD} - _NOT_OPTIONS)
+    return None
 
 
 # --- which addresses, in which order
@@ -374,18 +409,21 @@ async def _connect_by_service(
     """With a service, asyncpg reads its file and looks names up itself, in the default executor."""
     if "service" not in inspect.signature(asyncpg.connect).parameters:
         raise asyncpg.ClientConfigurationError("service= needs asyncpg 0.31 or newer")
-    own = frozenset(("application_name", "fallback_application_name", "options", "replication"))
+    # Not in the URL: what asyncpg does not know there it would send as settings.
+    own = {"application_name", "fallback_application_name", "options", "replication", "servicefile"}
+    own |= _WITHOUT_EFFECT.keys() | _NOT_WITH_SERVICE
     kept = Hidden(
         {
             key: each
             for key, each in words.items()
-            if key not in own and not key.startswith(("keepalive", "tcp_", "connect_", "load_"))
+            if key not in own and not key.startswith(("keepalive", "tcp_", "connect_"))
         }
     )
+    file = {"servicefile": words["servicefile"]} if words.get("servicefile") else {}
     until = _share_of(words, options, deadline, 1)
     left = None if until == inf else max(0.001, until - monotonic())
     given = Hidden(
-        {"dsn": str(to_url(kept.value)), "connection_class": cls, **options.value}
+        {"dsn": str(to_url(kept.value)), "connection_class": cls, **file, **options.value}
         | _server_settings(words, options, recipe)
         | {"timeout": left}
     )

@@ -53,6 +53,11 @@ def tls_options(words: Mapping[str, Any], options: Hidden[dict[str, Any]]) -> di
         return {"ssl": Named(_context(mode, words), _name(words)), **direct}
     if given is False:
         return {"ssl": False}
+    if given is not True and not isinstance(given, ssl.SSLContext):
+        kind = type(given).__name__
+        raise asyncpg.ClientConfigurationError(
+            f"ssl= must be a text, a bool or an SSLContext, not a value of type {kind}"
+        )
     context = ssl.create_default_context() if given is True else given
     if given is True and ssl.HAS_ALPN:
         context.set_alpn_protocols(["postgresql"])

@@ -109,6 +109,21 @@ class Diagnosis:
     next_step: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class UnfitOption:
+    """An option for ``connect`` that a driver cannot honour.
+
+    Attributes:
+        key: its name, as the user wrote it.
+        what: why, as a clause that follows its name, without secrets.
+        hint: what to do.
+    """
+
+    key: str
+    what: str
+    hint: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
     """What one statement answered, read to the end and detached from its connection."""
@@ -272,6 +287,8 @@ class Driver(Protocol[ConnT]):
     `statement_limit`. Without it, a pool that is told a `statement_timeout_client` refuses the driver.
     And `renews`: True if its links are `Renewable`; without it, a pool with `guard=True` refuses the driver.
     And `adopt`, of `Adopts`.
+    And `unfit_option(recipe)`: the first that it cannot honour of what a recipe says (`UnfitOption`), or None; without connecting.
+    The pool raises `ConfigError` then, when it is made, or at the connect whose callables gave the option.
     """
 
     name: str
@@ -378,6 +395,7 @@ class AsyncDriver(Protocol[ConnT]):
     `statement_limit`. Without it, a pool that is told a `statement_timeout_client` refuses the driver.
     And `renews`: True if its links are `Renewable`; without it, a pool with `guard=True` refuses the driver.
     And `adopt`, of `AsyncAdopts`.
+    And `unfit_option(recipe)`, as a `Driver`'s; a plain function.
     """
 
     name: str

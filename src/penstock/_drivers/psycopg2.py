@@ -20,7 +20,7 @@ from penstock._drivers.sockets import deadline_in, seconds_to
 if TYPE_CHECKING:
     from psycopg2.extensions import connection
 
-    from penstock._drivers.protocol import Diagnosis, Recipe
+    from penstock._drivers.protocol import Diagnosis, Recipe, UnfitOption
 
 #: What a connect leaves for setting the session up, at least: one round trip.
 SET_UP_SECONDS: Final = 1.0
@@ -102,6 +102,10 @@ class Psycopg2Driver:
         Where psycopg 3 is not installed, what the server says has no code and counts as healing.
         """
         return diagnose(error, recipe, seconds)
+
+    def unfit_option(self, recipe: Recipe) -> UnfitOption | None:
+        """The first option of a recipe that cannot be honoured."""
+        return connecting.unfit_option(recipe)
 
     def ends_session(self, error: BaseException, *, read_write: bool) -> bool:
         """Whether `error`, raised in a lease, means that this and older sessions are not to be trusted.

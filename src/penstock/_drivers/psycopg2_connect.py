@@ -17,16 +17,18 @@ from math import ceil
 from typing import TYPE_CHECKING, Any, Final
 
 import psycopg2
-from psycopg2.extensions import connection, make_dsn, parse_dsn
+from psycopg2.extensions import connection, libpq_version, make_dsn, parse_dsn
 
 from penstock._drivers import psycopg2_adopt as adoption
 from penstock._drivers import under_way
 from penstock._drivers.adopting import NotAdopted, called, unwrapped
+from penstock._drivers.options import names_in, unknown_option
+from penstock._drivers.protocol import UnfitOption
 from penstock._drivers.psycopg2_guard import RAW, classes_for
 from penstock._drivers.psycopg2_limit import limited_connection
 from penstock._drivers.sockets import seconds_to
 from penstock._drivers.trace import ASKED, SPOKE_TLS
-from penstock.conninfo import to_conninfo
+from penstock.conninfo import KEYWORDS, to_conninfo
 from penstock.frames import without_frames
 from penstock.secret import Hidden, Secret, is_secret
 
@@ -73,6 +75,27 @@ def connection_params(recipe: Recipe) -> Params:
     if not _uses_service(params):  # there the user may have set what cannot be seen from here
         params = {**{key: str(each) for key, each in recipe.keepalive.items()}, **params}
     return params
+
+
+def unfit_option(recipe: Recipe) -> UnfitOption | None:
+    """The first option of a recipe that psycopg2, or its libpq, does not have, or that a pool cannot honour."""
+    kwargs = recipe.kwargs
+    for key in ("async", "async_"):
+        if kwargs.get(key):
+            hint = "leave it out; AsyncConnectionPool has psycopg 3 and asyncpg"
+            return UnfitOption(key, "asks for asynchronous connections, and a pool's are not", hint)
+    factory = kwargs.get("connection_factory")
+    if factory is not None and recipe.connection_class not in {None, factory}:
+        hint = "keep one of them"
+        return UnfitOption("connection_factory", "contradicts the pool's connection_class=", hint)
+    for key in names_in(recipe):
+        given = key in kwargs and (key == "database" or key in _DRIVER_OPTIONS)
+        if not given and not _is_known(key):
+            number = libpq_version()
+            library = f"psycopg2 with libpq {number // 10000}.{number % 10000}"
+            known = (*filter(_is_known, KEYWORDS), "connection_factory", "cursor_factory")
+            return unknown_option(key, library, known)
+    return None
 
 
 def _parsed(conninfo: str) -> Params | None:

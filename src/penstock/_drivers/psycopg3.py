@@ -207,6 +207,8 @@ def _detached(cursor: psycopg.Cursor[Any]) -> Reply:
 class Psycopg3Driver(PsycopgDriver):
     """psycopg 3, as penstock sees it."""
 
+    kind = psycopg.Connection
+
     def open(self, recipe: Recipe, seconds: float | None) -> Psycopg3Link:
         """Connect within `seconds`, name look-up included; the link is lent.
 

@@ -100,19 +100,14 @@ def class_of(recipe: Recipe, kind: type[Any]) -> type[Any]:
 def arguments(recipe: Recipe, deadline: float) -> tuple[str, Hidden[dict[str, Any]], list[str]]:
     """A conninfo string, keyword arguments, and the ports that the connect may lead to.
 
-    The user's string and keyword arguments are passed as they are, but that a password is hidden from
+    The user's string and keyword arguments are passed as they are, but that the string is hidden from
     tracebacks. What the recipe adds stands in the string: a class's `connect` may add keyword
     arguments of its own, and none must be there twice.
 
     Raises:
         psycopg.ProgrammingError: the connection string is wrong.
     """
-    options = Hidden(
-        {
-            key: Secret(each) if isinstance(each, str) else each
-            for key, each in recipe.kwargs.items()
-        }
-    )
+    options = Hidden(dict(recipe.kwargs))
     said = Hidden(connecting.said_params(recipe))
     params = Hidden(connecting.completed(said.value, recipe))
     ours = {key: each for key, each in params.value.items() if key not in said.value}

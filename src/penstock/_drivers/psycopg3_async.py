@@ -360,6 +360,8 @@ async def _detached(cursor: psycopg.AsyncCursor[Any]) -> Reply:
 class AsyncPsycopg3Driver(PsycopgDriver):
     """psycopg 3 for asyncio, as penstock sees it."""
 
+    kind = psycopg.AsyncConnection
+
     async def open(self, recipe: Recipe, seconds: float | None) -> AsyncPsycopg3Link:
         """Connect within `seconds`, name look-up included; the link is lent.
 

@@ -22,6 +22,7 @@ from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from penstock._drivers import under_way
+from penstock._drivers.options import names_in, unknown_option
 from penstock._drivers.sockets import READ, WRITE, wait
 from penstock._drivers.trace import SPOKE_TLS, spoke_tls
 from penstock.frames import without_frames
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from psycopg.pq.abc import PGconn
 
-    from penstock._drivers.protocol import Recipe
+    from penstock._drivers.protocol import Recipe, UnfitOption
     from penstock._drivers.psycopg3_diagnose import Tape
 
     Resolve = Callable[[str, str], list[str]]
@@ -93,6 +94,16 @@ def completed(params: Params, recipe: Recipe) -> Params:
     if not _uses_service(params):  # there the user may have set what cannot be seen from here
         params = {**recipe.keepalive, **params}
     return params
+
+
+def unfit_option(recipe: Recipe) -> UnfitOption | None:
+    """The first option of a recipe that psycopg, or the libpq that is installed, does not have."""
+    known = _known_words()
+    for key in names_in(recipe):
+        if key not in known and not (key in recipe.kwargs and key in _DRIVER_OPTIONS):
+            library = f"psycopg {psycopg.__version__} with libpq {pq.version_pretty(pq.version())}"
+            return unknown_option(key, library, known | _DRIVER_OPTIONS)
+    return None
 
 
 def _parsed(conninfo: str, given: Params) -> Params | None:

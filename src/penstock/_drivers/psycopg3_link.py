@@ -23,8 +23,8 @@ from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 
 from penstock._drivers.outdated import take_from
 from penstock._drivers.protocol import Activity, Outdated
-from penstock._drivers.psycopg3_adopt import class_of
-from penstock._drivers.psycopg3_connect import driver_options
+from penstock._drivers.psycopg3_adopt import class_of, own_connect
+from penstock._drivers.psycopg3_connect import driver_options, unfit_option
 from penstock._drivers.psycopg3_guard import (
     DEAD,
     INHERITED,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from psycopg.pq.abc import PGconn, PGresult
 
-    from penstock._drivers.protocol import Recipe
+    from penstock._drivers.protocol import Recipe, UnfitOption
 
 AnyConnection = psycopg.BaseConnection[Any]
 C = TypeVar("C", bound=AnyConnection)
@@ -322,6 +322,7 @@ class PsycopgDriver:
     """What is the same of psycopg 3 for both drivers."""
 
     name = "psycopg"
+    kind: type[AnyConnection]
     #: Its links have `attributes`, `handle`, `dead` and `touched`: a lease may swap by itself.
     pgconn_shaped = True
     limits_statements = True
@@ -329,6 +330,13 @@ class PsycopgDriver:
     renews = renews_in_place = True
     operational_error: type[Exception] = psycopg.OperationalError
     interface_error: type[Exception] = psycopg.InterfaceError
+
+    def unfit_option(self, recipe: Recipe) -> UnfitOption | None:
+        """The first option of a recipe that cannot be honoured; a `connect` of a class's own may have others."""
+        found = unfit_option(recipe)
+        if found is not None and found.key in recipe.kwargs and own_connect(recipe, self.kind):
+            return None
+        return found
 
     def ends_session(self, error: BaseException, *, read_write: bool) -> bool:
         """Whether `error`, raised in a lease, means that this and older sessions are not to be trusted.
