@@ -36,6 +36,7 @@ FLOORS = (
         "borrowing",
         "upkeep",
         "dedicated",
+        "two_ends",
         "alarm",
         "statement_limit",
         *(

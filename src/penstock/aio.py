@@ -38,6 +38,7 @@ from penstock.secret import Hidden
 from penstock.statement_limit import limit_of
 from penstock.task_reports import TaskReporter
 from penstock.threads import abandon, new, next_name, refuse_guard_without_renewal
+from penstock.two_ends import Entering
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -160,6 +161,8 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         refuse_guard_without_renewal(config, self._driver)
         self._timeout = FOREVER if config.timeout is None else config.timeout
         self._home = weakref.ref(self)
+        self._entering = Entering()
+        self._left_behind: list[Any] = []
         self._plain = _wants_nothing_special(config)
         limit = limit_of(config, self._driver, self.name, weakref.WeakMethod(self._doubt))
         self._opener = AsyncOpener(config, self._driver, self.name, limit)
@@ -225,6 +228,7 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         ):
             lease = new(AsyncLease)
             lease._pool = self
+            lease._slot = None
             return lease  # type: ignore[no-any-return]  # object.__new__ does not say what it makes
         careful = new(AsyncCarefulLease)
         careful._pool = self
@@ -553,6 +557,7 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         for task in self._tasks:
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's own name
         loops.forget_watches()
+        self._entering = Entering()
         # First let go, then forget: what an interrupt cuts off here is done again from the start.
         dedicated = [(link, True) for link in self._dedicated.values()]
         failures = [

@@ -15,6 +15,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from penstock.borrowing import notice_fork
+from penstock.two_ends import entered_twice, leave_behind, refuse_to_leave
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -39,13 +40,20 @@ class AsyncDedicated(Generic[ConnT]):
         self._link: Any = None
 
     async def __aenter__(self) -> ConnT:
-        link = await self._pool._open_dedicated(self._seconds)
+        notice_fork()
+        if self._link is not None:
+            self._refuse_to_enter()
+        self._link = self._pool._entering
+        link = None
         try:
+            link = await self._pool._open_dedicated(self._seconds)
             link.lend()
             if self._autocommit is not None:
                 link.set_autocommit(self._autocommit)
         except BaseException:
-            link.discard()  # nobody will leave the block
+            self._link = None
+            if link is not None:
+                link.discard()  # nobody will leave the block
             raise
         self._link = self._pool._dedicated[id(link)] = link
         return link.conn  # type: ignore[no-any-return]  # a link is opaque to the pool
@@ -56,9 +64,13 @@ class AsyncDedicated(Generic[ConnT]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        link, self._link = self._link, None
+        link = self._link
+        if not link:
+            refuse_to_leave(self, error, "dedicated")
+            return
+        self._link = None
         notice_fork()
-        if link is None or self._pool._dedicated.pop(id(link), None) is None:
+        if self._pool._dedicated.pop(id(link), None) is None:
             return  # it is the parent's
         try:
             if error is None:
@@ -73,6 +85,16 @@ class AsyncDedicated(Generic[ConnT]):
             await link.close()
         else:
             link.discard()  # at once: nobody who is cancelled is kept waiting
+
+    def _refuse_to_enter(self) -> None:
+        """Somebody is inside: MisuseError, unless a fork or the end of a loop has left it behind."""
+        link = self._link
+        if link is self._pool._entering:
+            raise entered_twice(self._pool, "dedicated", "its borrower is still waiting")
+        if link and id(link) in self._pool._dedicated:
+            raise entered_twice(self._pool, "dedicated", "its block has not ended")
+        self._link = None
+        leave_behind(self, link)
 
 
 async def opened_aside(connecting: Coroutine[Any, Any, Any]) -> Any:

@@ -17,9 +17,11 @@ from asyncio import current_task
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from penstock import fork
 from penstock._machine.machine import LOOK_AGAIN
 from penstock.clock import clock
 from penstock.fork import page
+from penstock.two_ends import refuse_to_enter, refuse_to_leave
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from penstock._machine.slot import Slot
     from penstock.aio import AsyncConnectionPool
+    from penstock.two_ends import Entering
 
 ConnT = TypeVar("ConnT")
 
@@ -40,10 +43,13 @@ class AsyncLease(Generic[ConnT]):
     __slots__ = ("_pool", "_slot")
 
     _pool: AsyncConnectionPool[ConnT]
-    _slot: Slot | None
+    _slot: Slot | Entering | None
 
     async def __aenter__(self) -> ConnT:
         pool = self._pool
+        if self._slot is not None:
+            return await self._enter_again()
+        self._slot = pool._entering
         slot = None
         try:
             # The thread, since a loop runs in one; the task, since a thread may run another loop.
@@ -62,8 +68,17 @@ class AsyncLease(Generic[ConnT]):
             pool._cut_short()
             raise
 
+    async def _enter_again(self) -> ConnT:
+        """Somebody is inside: MisuseError, unless a fork or the end of a loop has left it behind."""
+        refuse_to_enter(self)
+        return await self.__aenter__()
+
     async def _enter_slowly(self) -> ConnT:
         """Wait for a slot, and lend it; here, so that the hot path has nothing to clear."""
+        if not page[0]:  # the mark that was just set is the parent's, too
+            self._slot = None
+            fork.noticed()
+            return await self.__aenter__()
         slot = await self._pool._borrow_slowly()
         try:
             self._slot = slot
@@ -79,9 +94,10 @@ class AsyncLease(Generic[ConnT]):
         traceback: TracebackType | None,
     ) -> None:
         slot = self._slot
-        self._slot = None
-        if slot is None:
+        if not slot:
+            refuse_to_leave(self, error)
             return
+        self._slot = None
         try:
             if exc_type is None and slot.link.park():
                 answer = self._pool._machine.put(slot)
@@ -110,7 +126,12 @@ class AsyncCarefulLease(AsyncLease[ConnT]):
     _transaction: bool
 
     async def __aenter__(self) -> ConnT:
+        if not page[0]:
+            fork.noticed()
         pool = self._pool
+        if self._slot is not None:
+            return await self._enter_again()
+        self._slot = pool._entering
         slot = None
         try:
             slot = await pool._borrow_carefully(
@@ -132,9 +153,10 @@ class AsyncCarefulLease(AsyncLease[ConnT]):
         traceback: TracebackType | None,
     ) -> None:
         slot = self._slot
-        self._slot = None
-        if slot is None:
+        if not slot:
+            refuse_to_leave(self, error)
             return
+        self._slot = None
         place = [slot]
         slot = None
         try:

@@ -1,23 +1,31 @@
-"""Opening one connection outside the pool's size, within a time, for `pool.dedicated()`.
+"""One connection outside the pool's size, for one block: `pool.dedicated()`.
 
-One job: have a worker connect while the caller waits, and close what comes too late.
+One job: have a worker connect while the caller waits, and close what comes too late; commit at the
+block's end, and close the session whatever ends the block.
 
-It must not know: slots, the machine. `_lock` guards who is late: the worker that brings the
-connection, or the caller who has gone.
+It must not know: slots, the machine. `Opening._lock` guards who is late: the worker that brings the
+connection, or the caller who has gone. `Dedicated` takes none (see two_ends.py).
 """
 
 from __future__ import annotations
 
 import queue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from penstock import hub
+from penstock.borrowing import notice_fork
 from penstock.opening import CONNECT_SECONDS, Failure
+from penstock.two_ends import InTurns, entered_twice, leave_behind, refuse_to_leave
 from penstock.upkeep import prepare_drivers
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from penstock.opening import Opener
     from penstock.reports import Reporter
+    from penstock.threads import ConnectionPool
+
+ConnT = TypeVar("ConnT")
 
 
 class Opening:
@@ -65,3 +73,85 @@ class Opening:
                 return self._answer.get(False)
             except queue.Empty:
                 return None
+
+
+class Dedicated(Generic[ConnT]):
+    """``with pool.dedicated() as conn``."""
+
+    __slots__ = ("_autocommit", "_link", "_pool", "_seconds")
+
+    def __init__(
+        self, pool: ConnectionPool[ConnT], seconds: float, autocommit: bool | None
+    ) -> None:
+        self._pool = pool
+        self._seconds = seconds
+        self._autocommit = autocommit
+        self._link: Any = None
+
+    def __enter__(self) -> ConnT:
+        notice_fork()
+        if self._link is not None:
+            self._refuse_to_enter()
+            return self.__enter__()
+        self._link = self._pool._entering
+        try:
+            link = self._pool._open_dedicated(self._seconds)
+            self._link = self._pool._dedicated[id(link)] = link
+            link.lend()
+            if self._autocommit is not None:
+                link.set_autocommit(self._autocommit)
+            return link.conn  # type: ignore[no-any-return]  # a link is opaque to the pool
+        except BaseException:
+            self._drop()
+            raise
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        link = self._link
+        if not link:
+            refuse_to_leave(self, error, "dedicated")
+            return
+        self._link = None
+        try:
+            notice_fork()
+            if error is None and id(link) in self._pool._dedicated:  # else it is the parent's
+                link.commit()
+        finally:
+            notice_fork()
+            if self._pool._dedicated.pop(id(link), None) is not None:
+                link.close()
+
+    def _refuse_to_enter(self) -> None:
+        """Somebody is inside: MisuseError, unless a fork has left him behind."""
+        link = self._link
+        if link is None:
+            return
+        if link is self._pool._entering:
+            raise entered_twice(self._pool, "dedicated", "its borrower is still waiting")
+        if link and id(link) in self._pool._dedicated:
+            raise entered_twice(self._pool, "dedicated", "its block has not ended")
+        if self._link is link:
+            self._link = None
+            leave_behind(self, link)
+
+    def _drop(self) -> None:
+        """In a guard: end what was opened."""
+        link, self._link = self._link, None
+        if link and self._pool._dedicated.pop(id(link), None) is not None:
+            link.close()
+
+
+class DedicatedInTurns(InTurns, Dedicated[ConnT]):
+    """`Dedicated` for interpreters without a global lock."""
+
+    __slots__ = ("_round",)
+
+    def __init__(
+        self, pool: ConnectionPool[ConnT], seconds: float, autocommit: bool | None
+    ) -> None:
+        super().__init__(pool, seconds, autocommit)
+        self._round: dict[str, object] = {}

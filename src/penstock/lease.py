@@ -3,13 +3,18 @@
 One job: the two ends of a borrow, as fast as Python allows. `Lease` is the plain one; `CarefulLease`
 is for pools and borrows with options (`on_borrow`, `settings`, a reset, ...), which cost more.
 
+A lease serves one block at a time (two_ends.py): whoever would store a slot over another's is
+refused. On the hot path the slot itself says that somebody is inside, a borrower that has to wait
+stores the pool's `Entering` before.
+
 It must not know: how a slot is found when none is idle, how a connection is cleaned; it asks its
 pool. It takes no lock. Who borrows is asked of `threading` each time, and not kept by name: gevent
 replaces `get_ident` when it patches, and all greenlets of a thread have one native number.
 
 The rules of an interrupt (it can strike after any call of a C function):
 
-* the lease is cleared *before* the slot is put back, so that nobody holds what others may lend;
+* the lease is cleared *before* the slot is put back, so that nobody holds what others may lend; a
+  guard clears it if it was this borrower's;
 * a guard drops its references and never puts a slot back: no flag can know whether the slot has
   gone back already, the reference count does, and a slot that nobody holds comes home by itself;
 * what is still in a local variable of a frame would be held by a stored traceback, so a guard
@@ -24,9 +29,11 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from penstock import fork
 from penstock._machine.machine import IDLE, IN_USE, LOOK_AGAIN
 from penstock.clock import clock
 from penstock.fork import page
+from penstock.two_ends import Entering, InTurns, refuse_to_enter, refuse_to_leave
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,27 +54,53 @@ class Lease(Generic[ConnT]):
     __slots__ = ("_pool", "_slot")
 
     _pool: ConnectionPool[ConnT]
-    _slot: Slot | None
+    _slot: Slot | Entering | None
 
     def __enter__(self) -> ConnT:
         pool = self._pool
-        slot = None
+        slot: Any = None
         try:
             if page[0]:
                 slot = pool._machine.take(clock(), threading.get_ident())
             if slot is None:
+                if self._slot is not None:
+                    return self._enter_again()
+                slot = self._slot = pool._entering
                 return self._enter_slowly()
+            if self._slot is not None:
+                pool._give_back(slot, None)
+                slot = None
+                return self._enter_again()
             self._slot = slot
             link = slot.link
             link.lend()
             return link.conn  # type: ignore[no-any-return]  # a slot's link is opaque to the machine
         except BaseException:
-            slot = self._slot = None
+            if self._slot is slot or slot.__class__ is Entering:  # else another borrower's
+                self._slot = None
+            slot = None
             pool._cut_short()
             raise
 
+    def _enter_again(self) -> ConnT:
+        """Somebody is inside: MisuseError, unless a fork has left him behind."""
+        self._refuse_to_enter()
+        return self.__enter__()
+
+    def _refuse_to_enter(self) -> None:
+        refuse_to_enter(self)
+
+    def _drop(self) -> None:
+        """In a guard: what it has comes home by itself."""
+        self._slot = None
+        self._pool._cut_short()
+
     def _enter_slowly(self) -> ConnT:
         """Wait for a slot, and lend it; here, so that the hot path has nothing to clear."""
+        if not page[0]:  # the mark that was just set is the parent's, too
+            self._slot = None
+            fork.noticed()
+            return self.__enter__()
         slot = self._pool._borrow_slowly()
         try:
             self._slot = slot
@@ -83,9 +116,10 @@ class Lease(Generic[ConnT]):
         traceback: TracebackType | None,
     ) -> None:
         slot = self._slot
-        self._slot = None
-        if slot is None:
+        if not slot:
+            refuse_to_leave(self, error)
             return
+        self._slot = None
         try:
             if exc_type is None and slot.link.park():
                 answer = self._pool._machine.put(slot)
@@ -115,7 +149,7 @@ class PgconnLease(Lease[ConnT]):
 
     def __enter__(self) -> ConnT:
         pool = self._pool
-        slot = None
+        slot: Any = None
         try:
             if page[0]:
                 machine = pool._machine
@@ -133,17 +167,24 @@ class PgconnLease(Lease[ConnT]):
                         slot.holder = threading.get_ident()
                         slot.borrowed_at = now
                         slot.state = IN_USE
-                    else:
-                        machine.aside.append(slot)
-                        slot = None
-            if slot is None:
-                return self._enter_slowly()
-            self._slot = slot
-            link = slot.link
-            link.attributes["pgconn"] = link.handle
-            return link.conn  # type: ignore[no-any-return]  # as above
+                        if self._slot is not None:
+                            pool._give_back(slot, None)
+                            slot = None
+                            return self._enter_again()
+                        self._slot = slot
+                        link = slot.link
+                        link.attributes["pgconn"] = link.handle
+                        return link.conn  # type: ignore[no-any-return]  # as above
+                    machine.aside.append(slot)
+                    slot = None
+            if self._slot is not None:
+                return self._enter_again()
+            slot = self._slot = pool._entering
+            return self._enter_slowly()
         except BaseException:
-            slot = self._slot = None
+            if self._slot is slot or slot.__class__ is Entering:  # else another borrower's
+                self._slot = None
+            slot = None
             pool._cut_short()
             raise
 
@@ -154,9 +195,10 @@ class PgconnLease(Lease[ConnT]):
         traceback: TracebackType | None,
     ) -> None:
         slot = self._slot
-        self._slot = None
-        if slot is None:
+        if not slot:
+            refuse_to_leave(self, error)
             return
+        self._slot = None
         try:
             if exc_type is None:
                 link = slot.link
@@ -195,7 +237,7 @@ class ClassLease(Lease[ConnT]):
 
     def __enter__(self) -> ConnT:
         pool = self._pool
-        slot = None
+        slot: Any = None
         try:
             if page[0]:
                 machine = pool._machine
@@ -213,17 +255,24 @@ class ClassLease(Lease[ConnT]):
                         slot.holder = threading.get_ident()
                         slot.borrowed_at = now
                         slot.state = IN_USE
-                    else:
-                        machine.aside.append(slot)
-                        slot = None
-            if slot is None:
-                return self._enter_slowly()
-            self._slot = slot
-            link = slot.link
-            link.real.__class__ = link.live
-            return link.conn  # type: ignore[no-any-return]  # as above
+                        if self._slot is not None:
+                            pool._give_back(slot, None)
+                            slot = None
+                            return self._enter_again()
+                        self._slot = slot
+                        link = slot.link
+                        link.real.__class__ = link.live
+                        return link.conn  # type: ignore[no-any-return]  # as above
+                    machine.aside.append(slot)
+                    slot = None
+            if self._slot is not None:
+                return self._enter_again()
+            slot = self._slot = pool._entering
+            return self._enter_slowly()
         except BaseException:
-            slot = self._slot = None
+            if self._slot is slot or slot.__class__ is Entering:  # else another borrower's
+                self._slot = None
+            slot = None
             pool._cut_short()
             raise
 
@@ -234,9 +283,10 @@ class ClassLease(Lease[ConnT]):
         traceback: TracebackType | None,
     ) -> None:
         slot = self._slot
-        self._slot = None
-        if slot is None:
+        if not slot:
+            refuse_to_leave(self, error)
             return
+        self._slot = None
         try:
             if exc_type is None:
                 link = slot.link
@@ -278,7 +328,12 @@ class CarefulLease(Lease[ConnT]):
     _settings: Mapping[str, Any] | None
 
     def __enter__(self) -> ConnT:
+        if not page[0]:
+            fork.noticed()
         pool = self._pool
+        if self._slot is not None:
+            return self._enter_again()
+        self._slot = pool._entering
         slot = None
         try:
             slot = pool._borrow_carefully(self._timeout, self._autocommit, self._settings)
@@ -298,9 +353,10 @@ class CarefulLease(Lease[ConnT]):
         traceback: TracebackType | None,
     ) -> None:
         slot = self._slot
-        self._slot = None
-        if slot is None:
+        if not slot:
+            refuse_to_leave(self, error)
             return
+        self._slot = None
         try:
             self._pool._give_back(slot, error)
             slot = None
@@ -308,3 +364,19 @@ class CarefulLease(Lease[ConnT]):
             slot = None
             self._pool._cut_short()
             raise
+
+
+class LeaseInTurns(InTurns, Lease[ConnT]):
+    """`Lease` for interpreters without a global lock."""
+
+    __slots__ = ("_round",)
+
+    _round: dict[str, object]
+
+
+class CarefulLeaseInTurns(InTurns, CarefulLease[ConnT]):
+    """`CarefulLease` for interpreters without a global lock."""
+
+    __slots__ = ("_round",)
+
+    _round: dict[str, object]

@@ -20,7 +20,6 @@ import random
 import sys
 import threading
 import weakref
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, cast, overload
 
@@ -30,17 +29,25 @@ from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
 from penstock.borrowing import FOREVER, Borrowing, notice_fork
 from penstock.clock import clock
 from penstock.config import PoolConfig
-from penstock.dedicated import Opening
+from penstock.dedicated import Dedicated, DedicatedInTurns, Opening
 from penstock.errors import ConfigError
-from penstock.lease import CarefulLease, ClassLease, Lease, PgconnLease
+from penstock.lease import (
+    CarefulLease,
+    CarefulLeaseInTurns,
+    ClassLease,
+    Lease,
+    LeaseInTurns,
+    PgconnLease,
+)
 from penstock.opening import Opener
 from penstock.reports import Health, Reporter
 from penstock.result import Result
 from penstock.secret import Hidden
 from penstock.statement_limit import limit_of
+from penstock.two_ends import Entering
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
     from typing import Unpack
 
@@ -155,8 +162,12 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         self._driver = _drivers.chosen(config.driver, asynchronous=False)
         self._timeout = FOREVER if config.timeout is None else config.timeout
         refuse_guard_without_renewal(config, self._driver)
+        self._has_global_lock = _has_global_lock()
         self._lease = _lease_class(self._driver)
+        self._entering = Entering()
+        self._left_behind: list[Any] = []
         self._plain = _wants_nothing_special(config)
+        self._fast = self._plain and self._has_global_lock
         self._lock = hub.Lock()
         limit = limit_of(config, self._driver, self.name, weakref.WeakMethod(self._doubt))
         self._opener = Opener(config, self._driver, self.name, limit)
@@ -168,7 +179,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         fork.register(self)
 
     def _new_machine(self, config: PoolConfig) -> Machine:
-        kind = Machine if _has_global_lock() else partial(LockedMachine, self._lock)
+        kind = Machine if self._has_global_lock else partial(LockedMachine, self._lock)
         return kind(
             config.limits(),
             orphans=keeper.current().inbox.put,
@@ -206,16 +217,25 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
             PoolClosed: the pool is closed.
             MisuseError: every connection is held by borrowers who wait for one, this one included.
         """
-        if timeout is None and autocommit is None and settings is None and self._plain:
+        if timeout is None and autocommit is None and settings is None and self._fast:
             lease = new(self._lease)
             lease._pool = self
+            lease._slot = None
             return lease  # type: ignore[no-any-return]  # object.__new__ does not say what it makes
-        careful = new(CarefulLease)
+        if timeout is None and autocommit is None and settings is None and self._plain:
+            in_turns = new(LeaseInTurns)
+            in_turns._pool = self
+            in_turns._slot = None
+            in_turns._round = {}
+            return cast("Lease[ConnT]", in_turns)
+        careful = new(CarefulLease if self._has_global_lock else CarefulLeaseInTurns)
         careful._pool = self
         careful._slot = None
         careful._timeout = timeout
         careful._autocommit = autocommit
         careful._settings = settings
+        if not self._has_global_lock:
+            careful._round = {}
         return cast("CarefulLease[ConnT]", careful)
 
     def getconn(self, timeout: float | None = None) -> ConnT:
@@ -295,14 +315,13 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
             statusmessage=reply.statusmessage,
         )
 
-    @contextmanager
     def dedicated(
         self, timeout: float | None = None, *, autocommit: bool | None = None
-    ) -> Iterator[ConnT]:
+    ) -> Dedicated[ConnT]:
         """Open a connection of its own, outside the pool's size, for LISTEN and long work.
 
-        It has the pool's settings and `configure`. At the end it is committed, or rolled back on an
-        exception, and closed.
+        For a ``with`` block. It has the pool's settings and `configure`. At the end it is committed,
+        or rolled back on an exception, and closed.
 
         Args:
             timeout: seconds to connect, as in `connection`.
@@ -312,19 +331,8 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
             ServerUnavailable: it could not be opened in time; the driver's error is the cause.
             PoolClosed: the pool is closed.
         """
-        link = self._open_dedicated(self._seconds(timeout))
-        self._dedicated[id(link)] = link
-        try:
-            link.lend()
-            if autocommit is not None:
-                link.set_autocommit(autocommit)
-            yield link.conn
-            notice_fork()  # a commit here would be on the parent's session
-            link.commit()
-        finally:
-            notice_fork()
-            if self._dedicated.pop(id(link), None) is not None:  # else it is the parent's
-                link.close()
+        kind = Dedicated if self._has_global_lock else DedicatedInTurns
+        return kind(self, self._seconds(timeout), autocommit)
 
     # -- the pool's life --------------------------------------------------------------------------
 
@@ -472,6 +480,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         self._machine.orphans = keeper.current().inbox.put
         if isinstance(self._machine, LockedMachine):
             self._machine.lock = self._lock
+        self._entering = Entering()
         # First let go, then forget: what an interrupt cuts off here is done again from the start.
         dedicated = [(link, True) for link in self._dedicated.values()]
         failures = [
@@ -492,6 +501,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         """For penstock.testing: what is lent from now on is guarded, or not any more."""
         self._config = self._config.replace(guard=on)
         self._plain = _wants_nothing_special(self._config)
+        self._fast = self._plain and self._has_global_lock
 
     def _open_dedicated(self, seconds: float) -> Any:
         notice_fork()
@@ -533,9 +543,7 @@ def refuse_guard_without_renewal(config: PoolConfig, driver: Any) -> None:
 
 
 def _lease_class(driver: Any) -> type[Lease[Any]]:
-    """The fastest plain lease that is right for this driver and this interpreter."""
-    if not _has_global_lock():
-        return Lease
+    """The fastest plain lease that is right for this driver, where there is a global lock."""
     if getattr(driver, "pgconn_shaped", False):
         return PgconnLease
     return ClassLease if getattr(driver, "class_shaped", False) else Lease

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from penstock import ConnectionPool, ServerUnavailable, fork, hub, keeper, upkeep
+from penstock import ConnectionPool, MisuseError, ServerUnavailable, fork, hub, keeper, upkeep
 from penstock._drivers import sockets
 from penstock._drivers.protocol import Activity
 from penstock._machine.machine import Waiter
@@ -192,7 +192,8 @@ def test_a_block_that_is_left_twice_gives_back_once(make_pool):
     lease = pool.connection()
     with lease:
         pass
-    lease.__exit__(None, None, None)
+    with pytest.raises(MisuseError, match="left before"):
+        lease.__exit__(None, None, None)
     assert len(pool._machine.idle) == 1
 
 

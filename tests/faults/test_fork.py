@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from tests.forks import PATIENCE, Bell, Child, quiet_libc_fork, until
 
-from penstock import ConnectionPool
+from penstock import ConnectionPool, MisuseError
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
@@ -258,6 +258,45 @@ def test_leaving_an_inherited_block_in_the_child_ends_nothing_of_the_parents(
             conn.rollback()  # were it committed by the child, the table would be there
             found = conn.execute("select to_regclass('pg_temp.here'), pg_backend_pid()").fetchone()
             assert found == (None, backend)
+
+
+@pytest.mark.parametrize("fork", [HOOKED, UNHOOKED])
+@pytest.mark.parametrize("way", BORROWS)
+def test_a_kept_lease_that_was_entered_before_a_fork_may_be_entered_in_the_child(way, fork, server):
+    with ConnectionPool(server.conninfo(over="unix"), name=f"kept-{way}", max_size=1) as pool:
+        kept = BORROWS[way](pool)
+        with kept as conn:
+            backend = conn.info.backend_pid
+
+            def enter():
+                with kept as own:
+                    pid = own.execute("select pg_backend_pid()").fetchone()[0]
+                    with pytest.raises(MisuseError), kept:
+                        pass
+                kept.__exit__(None, None, None)  # the parent's block, which says nothing here
+                with pytest.raises(MisuseError):
+                    kept.__exit__(None, None, None)
+                return pid
+
+            assert Child(enter, fork=fork).answer() != backend
+            assert conn.execute("select pg_backend_pid()").fetchone()[0] == backend
+
+
+def test_a_kept_lease_that_was_waited_for_at_a_fork_may_be_entered_in_the_child(server):
+    with ConnectionPool(server.conninfo(over="unix"), name="kept-waiting", max_size=1) as pool:
+        kept = pool.connection()
+        with pool.connection():
+            waiter = threading.Thread(target=functools.partial(ask_by, kept))
+            waiter.start()
+            until(lambda: pool.stats().waiting == 1)
+            assert Child(lambda: ask_by(kept)).answer()
+        waiter.join(PATIENCE)
+        assert ask_by(kept)
+
+
+def ask_by(lease):
+    with lease as conn:
+        return conn.execute("select pg_backend_pid()").fetchone()[0]
 
 
 def test_a_fork_within_a_dedicated_block_leaves_it_to_the_parent(server):

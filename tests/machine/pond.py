@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from penstock import lease as lease_module
+from penstock import two_ends
 from penstock._machine import machine as machine_module
 from penstock._machine import slot as slot_module
 from penstock._machine.machine import LOOK_AGAIN, SLOWLY, Machine, Refusal, Verdict, Waiter
@@ -19,6 +20,9 @@ from penstock._machine.orders import Close, Open, Order
 from penstock._machine.policy import Limits
 from penstock._machine.slot import Reason, Slot, SlotRef, SlotState
 from penstock.clock import clock
+from penstock.errors import MisuseError
+from penstock.lease import LeaseInTurns
+from penstock.two_ends import Entering
 from tests.machine.interleaver import Interleaver, SimGate, SimLock
 
 if TYPE_CHECKING:
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
 
     from penstock.lease import Lease
 
-WATCHED = (machine_module.__file__, slot_module.__file__, lease_module.__file__)
+WATCHED = (machine_module.__file__, slot_module.__file__, lease_module.__file__, two_ends.__file__)
 
 
 class FakeHandle:
@@ -75,6 +79,10 @@ class Pond:
         self.put = put
         self.todo: list[Order] = []
         self.links = 0
+        self.refused = 0
+        self.inside = False
+        self._entering = Entering()
+        self._left_behind: list[object] = []
         self.served = 0
         self.timed_out = 0
         self.borrowers = 0
@@ -101,10 +109,45 @@ class Pond:
         for _ in range(times):
             lease = kind()
             lease._pool = self  # type: ignore[assignment]  # all of a pool that a lease needs
+            lease._slot = None
             with lease as link:
                 assert link.attributes["pgconn"] is link.handle
                 self.touch(link)
         self.borrowers -= 1
+
+    def kept(self) -> LeaseInTurns[FakeLink]:
+        """A lease as a pool makes it where there is no global lock."""
+        lease = LeaseInTurns[FakeLink]()
+        lease._pool = self  # type: ignore[assignment]  # as above
+        lease._slot = None
+        lease._round = {}
+        return lease
+
+    def share(self, lease: LeaseInTurns[FakeLink], times: int) -> None:
+        """What must not be: several borrowers who have kept one lease."""
+        for _ in range(times):
+            try:
+                link = lease.__enter__()
+            except MisuseError:
+                self.refused += 1
+                continue
+            assert not self.inside, "two are inside of one lease"
+            self.inside = True
+            assert link.attributes["pgconn"] is link.handle
+            self.touch(link)
+            self.inside = False
+            lease.__exit__(None, None, None)
+        self.borrowers -= 1
+
+    @property
+    def _reporter(self) -> Pond:
+        return self
+
+    def misuse(self, what: str, next_step: str) -> MisuseError:
+        return MisuseError(what, next_step=next_step)
+
+    def _cut_short(self) -> None:
+        """Nothing to do: nobody is interrupted here."""
 
     @property
     def _machine(self) -> Machine:
@@ -241,12 +284,14 @@ def run_schedule(
     put: Callable[[Machine, Slot], int] = Machine.put,
     crowded: bool = False,
     lease: type[Lease[FakeLink]] | None = None,
+    shares: bool = False,
     watched: tuple[str, ...] = WATCHED,
 ) -> Pond:
     """One seeded history: borrowers, a keeper, and something that disturbs them.
 
     `crowded`: three or four patient borrowers on one connection and no disturbance, where the
-    windows of `put` are met most often. `lease`: borrow by this class instead of `take` and `put`.
+    windows of `put` are met most often. `lease`: borrow by this class instead of `take` and `put`;
+    `shares`: all by one and the same, which is made for that.
     """
     sim = Interleaver(seed, *watched)
     rng = sim.random
@@ -256,10 +301,13 @@ def run_schedule(
     pond = Pond(sim, limits, put=put)
     pond.borrowers = rng.choice([3, 4] if crowded else [2, 3, 4])
     impatient = not crowded and rng.random() < 0.5
+    kept = pond.kept() if shares else None
     for number in range(pond.borrowers):
         times = 3 if crowded else rng.choice([1, 2, 3])
         work: Callable[[], None] = partial(pond.borrow_and_return, times, may_time_out=impatient)
-        if lease is not None:
+        if kept is not None:
+            work = partial(pond.share, kept, times)
+        elif lease is not None:
             work = partial(pond.lease, lease, times)
         sim.spawn(work, f"borrower-{number}")
     sim.spawn(pond.keep, "keeper")

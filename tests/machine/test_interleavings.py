@@ -31,6 +31,16 @@ def test_the_leases_that_users_hold_are_right_in_any_schedule(seeds, lease, crow
         run_schedule(seed, lease=lease, crowded=crowded)
 
 
+def test_where_there_is_no_global_lock_a_kept_lease_serves_one_at_a_time_in_any_schedule(seeds):
+    served = refused = 0
+    for seed in seeds:
+        pond = run_schedule(seed, shares=True)
+        served += pond.served
+        refused += pond.refused
+    assert served > len(seeds)
+    assert refused > len(seeds) // 10
+
+
 def put_with_two_answers(machine: Machine, slot: Slot) -> int:
     """What penstock's `put` must not be: the caller learns what happened by looking at the slot."""
     if machine.waiters or slot.epoch != machine.epoch:

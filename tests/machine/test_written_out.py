@@ -61,15 +61,23 @@ def test_a_slot_is_taken_the_same_in_the_lease_as_in_take(written):
     lease = fit_test(method(LEASE, written, "__enter__"))
     taken = [said(line) for line in take.body if isinstance(line, ast.Assign)]
     written_out = [said(line).replace("threading.get_ident()", "holder") for line in lease.body]
-    assert taken == written_out
+    assert taken == written_out[: len(taken)]
+    # and then it is stored, where nobody else is inside
+    assert said(lease.body[len(taken)]).startswith("if self._slot is not None:")
+    assert written_out[len(taken) + 1] == "self._slot = slot"
 
 
 @each_lease
 def test_an_unfit_slot_is_put_aside_in_both(written):
     take = ast.unparse(method(MACHINE, "Machine", "take"))
-    lease = ast.unparse(fit_test(method(LEASE, written, "__enter__")).orelse[0])
+    enter = method(LEASE, written, "__enter__")
+    fit = fit_test(enter)
+    assert isinstance(fit.body[-1], ast.Return)
+    ((_, unfit, forget),) = [
+        node.orelse for node in ast.walk(enter) if isinstance(node, ast.Try) and fit in node.orelse
+    ]
     assert "self.aside.append(slot)" in take
-    assert lease == "machine.aside.append(slot)"
+    assert [said(unfit), said(forget)] == ["machine.aside.append(slot)", "slot = None"]
 
 
 @each_lease
