@@ -4,7 +4,7 @@ One job: everything between a borrower and the machine that is not the hot path 
 
 It must not know: how connections are opened and closed (`upkeep.py`), when to grow and whom to serve
 (the machine). It takes the pool's `_lock` for one move at a time, never while it waits, pings, rolls
-back or runs the user's code.
+back or runs the user's code, and waits for it as long as the borrower would (`_take_lock`).
 
 Interrupts: whoever holds a slot in a local variable drops it when an exception passes; the slot then
 comes home by itself (`slot.py`). He drops it when he returns, too: a frame may be kept by an error
@@ -31,7 +31,7 @@ from penstock.alarm import Alarm
 from penstock.clock import clock
 from penstock.errors import ConfigError, PenstockError, PoolTimeout, called_at
 from penstock.statement_limit import within
-from penstock.upkeep import LONGEST_SLEEP, Upkeep
+from penstock.upkeep import LONGEST_SLEEP, RETURN_LOCK_SECONDS, Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -60,7 +60,6 @@ class Borrowing(Upkeep):
     """What a borrower meets when no fit connection is idle, or when he gives back an unclean one."""
 
     _driver: Any
-    _timeout: float
 
     # -- a borrow that finds nothing idle ---------------------------------------------------------
 
@@ -79,20 +78,24 @@ class Borrowing(Upkeep):
             raise self._reporter.ending()
         self._machine.orphans = kept.inbox.put  # another keeper's, since gevent has patched
         if self._machine.phase is Phase.NEW and self._config.open:
-            self._open()
+            self._open(seconds)
         gate = hub.gate()
+        began = clock()
         waiter = Waiter(threading.get_ident(), partial(gate.put, None))
         try:
             waiter.keeps = self._kept(seconds)
-            self._queue_up(waiter)
-            return self._wait(waiter, gate, seconds)
+            self._queue_up(waiter, began + seconds)
+            return self._wait(waiter, gate, seconds, began)
         except BaseException:
             self._leave_queue(waiter)
             raise
 
-    def _queue_up(self, waiter: Waiter) -> None:
-        with self._lock:
+    def _queue_up(self, waiter: Waiter, deadline: float) -> None:
+        lock = self._take_lock(deadline - clock())
+        try:
             orders = self._machine.queue_up(waiter, clock())
+        finally:
+            lock.release()
         self._carry_out(orders)
 
     def _kept(self, seconds: float) -> Collection[int]:
@@ -102,8 +105,7 @@ class Borrowing(Upkeep):
             return held  # nothing else runs in this thread that could give them back
         return kept_on_stack(held, sys._getframe()) if held else ()
 
-    def _wait(self, waiter: Waiter, gate: hub.Gate, seconds: float) -> Slot:
-        began = clock()
+    def _wait(self, waiter: Waiter, gate: hub.Gate, seconds: float, began: float) -> Slot:
         while True:
             slot = self._receive(waiter, gate, seconds, began)
             try:
@@ -142,17 +144,36 @@ class Borrowing(Upkeep):
 
     def _time_out(self, waiter: Waiter) -> Slot | None:
         """The time is up: leave the queue, unless something came at the last moment."""
-        with self._lock:
+        lock = self._take_lock(0.0)
+        try:
             slot = waiter.slot
             waiter.slot = None
             orders = self._machine.give_up(waiter, clock(), timed_out=slot is None)
+        finally:
+            lock.release()
         self._carry_out(orders)
         return slot
 
     def _leave_queue(self, waiter: Waiter) -> None:
-        """An exception passes: leave the queue. What was given and not touched goes to the next."""
+        """An exception passes: leave the queue. What was given and not touched goes to the next.
+
+        Where the lock is not free the keeper does it: an error that is kept keeps the waiter, too.
+        """
         if waiter.ticket == 0:
             return
+        try:
+            lock = self._take_lock(0.0)
+        except PoolTimeout:
+            keeper.current().tell(partial(self._take_out, waiter))
+            return
+        try:
+            orders = self._machine.give_up(waiter, clock(), timed_out=False)
+        finally:
+            lock.release()
+        self._carry_out(orders)
+
+    def _take_out(self, waiter: Waiter) -> None:
+        """In the keeper: a waiter that is gone leaves the queue."""
         with self._lock:
             orders = self._machine.give_up(waiter, clock(), timed_out=False)
         self._carry_out(orders)
@@ -185,18 +206,21 @@ class Borrowing(Upkeep):
                     slot.link, left, reset_pending=slot.reset_pending, outdated=outdated
                 )
                 slot.reset_pending = False
-                self._pinged(slot, waiter, alive=alive)
+                self._pinged(slot, waiter, left, alive=alive)
                 if not alive:
                     return False
             if slot.epoch != self._machine.epoch:
-                self._reconsider(slot, waiter)
+                self._reconsider(slot, waiter, left)
             return slot.state is SlotState.IN_USE
         finally:
             del slot
 
-    def _reconsider(self, slot: Slot, waiter: Waiter) -> None:
-        with self._lock:
+    def _reconsider(self, slot: Slot, waiter: Waiter, left: float) -> None:
+        lock = self._take_lock(left)
+        try:
             orders = self._machine.reconsider(slot, waiter, clock())
+        finally:
+            lock.release()
         self._carry_out(orders)
 
     def _make_sure(
@@ -210,12 +234,15 @@ class Borrowing(Upkeep):
             return bool(link.forget(seconds))
         return reset_pending or bool(link.ping(seconds))
 
-    def _pinged(self, slot: Slot, waiter: Waiter, *, alive: bool) -> None:
-        with self._lock:
+    def _pinged(self, slot: Slot, waiter: Waiter, left: float, *, alive: bool) -> None:
+        lock = self._take_lock(left)
+        try:
             if alive:
                 orders = self._machine.pinged(slot, clock())
             else:
                 orders = self._machine.ping_failed(slot, waiter, clock())
+        finally:
+            lock.release()
         self._carry_out(orders)
 
     # -- a borrow with options --------------------------------------------------------------------
@@ -474,18 +501,27 @@ class Borrowing(Upkeep):
     def _return(self, slot: Slot, verdict: Verdict, *, suspect: bool = False) -> None:
         if suspect and verdict is Verdict.CLEAN:
             verdict = Verdict.BROKEN  # a session that is read-only after a failover still answers
-        with self._lock:
+        try:
+            lock = self._take_lock(RETURN_LOCK_SECONDS)
+        except PoolTimeout as error:
+            # A block that has committed gets no error: the slot falls, and comes home by itself. The
+            # text alone is logged: a kept error would keep this frame, and this frame the slot.
+            _log.warning("pool %r: a connection is closed at its return: %s", self.name, str(error))
+            return
+        try:
             orders = self._machine.returned(slot, clock(), verdict, suspect=suspect)
+        finally:
+            lock.release()
         self._carry_out(orders)
 
     # -- waiting for the pool as a whole ----------------------------------------------------------
 
-    def _open(self) -> None:
+    def _open(self, seconds: float) -> None:
         if self._machine.phase is Phase.OPEN:
             return
         self._reporter.opened_at = clock()
         self._reporter.closed_at = None
-        self._move(self._machine.open)
+        self._move(self._machine.open, seconds=seconds)
 
     def _wait_until_empty(self, seconds: float) -> None:
         mine = threading.get_ident()

@@ -185,6 +185,7 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
         holders: who had the connections, longest first; may be cut short.
         own: those that the borrower itself had, longest first.
         loop: "asyncio" or "trio" if the borrower's thread runs its event loop, which stood still; else "".
+        locked_by: who kept the pool's own lock all the time; None: nobody did.
     """
 
     timeout: float
@@ -193,7 +194,8 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
     holders: tuple[Holder, ...]
     own: tuple[OwnHold, ...]
     loop: str
-    _fields = ("pool", "timeout", "waited", "counts", "holders", "own", "loop")
+    locked_by: Holder | None
+    _fields = ("pool", "timeout", "waited", "counts", "holders", "own", "loop", "locked_by")
     _page = "docs/errors/pool-timeout.md"
 
     def __init__(
@@ -206,6 +208,7 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
         holders: Sequence[Holder] = (),
         own: Sequence[OwnHold] = (),
         loop: str = "",
+        locked_by: Holder | None = None,
     ) -> None:
         super().__init__(pool=pool)
         self.timeout = timeout
@@ -214,6 +217,7 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
         self.holders = tuple(holders)
         self.own = tuple(own)
         self.loop = loop
+        self.locked_by = locked_by
 
     def _text(self) -> str:
         patience = f"within {self.timeout:.1f} s" if self.timeout else "free at once"
@@ -225,12 +229,16 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
             lines.append(
                 f"  this thread runs an event loop ({self.loop}), which stood still meanwhile"
             )
+        if self.locked_by is not None:
+            lines.append(f"  the pool's own lock was not free: {self.locked_by}")
         if self.holders:
             lines.append("  held longest: " + "; ".join(map(str, self.holders)))
         lines.append(f"  next step: {self._step()}")
         return "\n".join(lines)
 
     def _step(self) -> str:
+        if self.locked_by is not None:
+            return _step_when_locked(self.locked_by)
         full = self.counts.in_use >= self.counts.max_size
         if full and self.loop:
             return step_on_a_loop(self.loop)
@@ -691,6 +699,15 @@ def _figures(counts: Counts) -> str:
     parts += [f"{counts.pinging} being pinged"] if counts.pinging else []
     parts += [f"{counts.closing} being closed"] if counts.closing else []
     return ", ".join(parts)
+
+
+def _step_when_locked(holder: Holder) -> str:
+    if holder.file is None:
+        return "restart this process: the thread that has the lock was ended by force"
+    return (
+        "let no signal handler, __del__ or debugger wait there: it runs in the middle of a move of the "
+        "pool, which waits for it; set a flag instead"
+    )
 
 
 def _step_when_full(counts: Counts, holders: Sequence[Holder]) -> str:

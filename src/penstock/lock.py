@@ -50,6 +50,10 @@ class Lock(RLock):  # type: ignore[misc]  # typeshed has it final; the interpret
                 return 0
             return int(repr(self).partition(" count=")[2].split()[0])
 
+    def owner(self) -> int:
+        """Give the number of the thread that has it; 0: nobody has."""
+        return int(str(self).partition(" owner=")[2].split()[0])
+
     def take(self, seconds: float) -> bool:
         """Take it; whether it was free, or became free, within so many seconds (at most 1e6)."""
         before = self._recursion_count()

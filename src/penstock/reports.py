@@ -209,6 +209,17 @@ class Reporter:
             STEP_OWN,
         )
 
+    def locked(self, owner: int, timeout: float, waited: float) -> PenstockError:
+        """The pool's own lock was not free; `owner`: the number of the thread that has it."""
+        held_by = holder_report([Hold(ident=owner, seconds=waited)])
+        return self._make(
+            PoolTimeout,
+            timeout=timeout,
+            waited=waited,
+            counts=self.counts(),
+            locked_by=held_by[0] if held_by else None,
+        )
+
     def ending(self) -> PenstockError:
         """No thread can be started, so nothing can be opened."""
         return self._make(

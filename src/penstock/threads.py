@@ -350,9 +350,10 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
             PoolTimeout: with `wait`, not all of them could be opened in time.
         """
         notice_fork()
-        self._open()
+        seconds = self._seconds(timeout)
+        self._open(seconds)
         if wait:
-            self._wait_until_open(self._seconds(timeout))
+            self._wait_until_open(seconds)
 
     def close(self, timeout: float | None = 5.0) -> None:
         """Close the pool: idle connections now, lent ones when they are given back.
@@ -369,9 +370,10 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         notice_fork()  # else it would end the parent's sessions
         was_open = self._machine.phase is Phase.OPEN
         self._reporter.closed_at = clock()
-        self._move(self._machine.close, self._carry_out_here)
+        seconds = FOREVER if timeout is None else timeout
+        self._move(self._machine.close, self._carry_out_here, seconds=seconds)
         if was_open:
-            self._wait_until_empty(FOREVER if timeout is None else timeout)
+            self._wait_until_empty(seconds)
 
     @property
     def closed(self) -> bool:

@@ -4,7 +4,8 @@ One job: open and close connections as the machine orders, have the watcher look
 bring orphaned slots home, and say in the log what people should know.
 
 It must not know: who waits for what, how a connection is given back, what the user called. It takes
-the pool's `_lock` for one move of the machine at a time, and never while it connects or closes.
+the pool's `_lock` for one move of the machine at a time, and never while it connects or closes. The
+keeper and the workers wait for it as long as it takes; what users call, as long as the user would.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from penstock._drivers import green
 from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TickAt
 from penstock._machine.slot import Reason, Slot, SlotRef
 from penstock.clock import clock
-from penstock.errors import PenstockError
+from penstock.errors import PenstockError, PoolTimeout
 from penstock.opening import BRIEF_SECONDS, CONNECT_SECONDS, Failure, SameAgain
 
 if TYPE_CHECKING:
@@ -27,11 +28,19 @@ if TYPE_CHECKING:
 
     from penstock._machine.machine import Machine
     from penstock.config import PoolConfig
+    from penstock.lock import Lock
     from penstock.opening import Opener
     from penstock.reports import Reporter
 
 #: The longest that anybody sleeps at a time, in seconds: longer times overflow a lock's.
 LONGEST_SLEEP: Final = 1e6
+
+#: So long a return waits for the pool's lock, in seconds.
+RETURN_LOCK_SECONDS: Final = 5.0
+
+#: Whoever has less time left waits for the pool's lock so long, in seconds. A move takes
+#: microseconds, but on a busy machine the thread that makes it waits for its turn to run.
+LEAST_LOCK_SECONDS: Final = 0.5
 
 _log = logging.getLogger("penstock")
 
@@ -41,12 +50,30 @@ class Upkeep:
 
     name: str
     _config: PoolConfig
-    _lock: Any  # of `hub.Lock`
+    _lock: Lock
+    _timeout: float
     _machine: Machine
     _opener: Opener
     _reporter: Reporter
     _getconns: dict[int, Slot]
     _onlookers: list[Callable[[], object]]
+
+    # -- the lock ---------------------------------------------------------------------------------
+
+    def _take_lock(self, seconds: float) -> Lock:
+        """Take the pool's lock for a borrower who has `seconds` left, and give it.
+
+        Nothing may stand between this and the `try` that releases it (see `Lock`).
+
+        Raises:
+            PoolTimeout: whoever has it keeps it: a signal handler or a finalizer that waits for something
+                may run in the middle of a move, in the thread that makes it.
+        """
+        lock = self._lock
+        patience = min(max(seconds, LEAST_LOCK_SECONDS), LONGEST_SLEEP)
+        if not lock.take(patience):
+            raise self._reporter.locked(lock.owner(), max(seconds, 0.0), patience)
+        return lock
 
     # -- moves of the pool as a whole -------------------------------------------------------------
 
@@ -54,11 +81,19 @@ class Upkeep:
         self,
         decide: Callable[[float], list[Order]],
         carry_out: Callable[[list[Order]], None] | None = None,
+        *,
+        seconds: float | None = None,
     ) -> None:
-        """A move of the pool as a whole; what an interrupt cuts off, the keeper does."""
+        """A move of the pool as a whole; what an interrupt cuts off, the keeper does.
+
+        `seconds`: how long it waits for the lock; None: the pool's timeout.
+        """
         try:
-            with self._lock:
+            lock = self._take_lock(self._timeout if seconds is None else seconds)
+            try:
                 orders = decide(clock())
+            finally:
+                lock.release()
             (carry_out or self._carry_out)(orders)
         except BaseException:
             self._cut_short()
@@ -85,8 +120,16 @@ class Upkeep:
             keeper.current().tell(self._tick)
 
     def _look_again(self) -> None:
-        with self._lock:
+        """After a return: serve who began to wait meanwhile; where the lock is not free, the keeper does."""
+        try:
+            lock = self._take_lock(RETURN_LOCK_SECONDS)
+        except PoolTimeout:
+            keeper.current().tell(self._tick)
+            return
+        try:
             orders = self._machine.look_again(clock())
+        finally:
+            lock.release()
         self._carry_out(orders)
 
     def _cut_short(self) -> None:

@@ -67,6 +67,9 @@ class Tripwire:
             _look_for_signals()
         except KeyboardInterrupt as interrupt:
             traceback = interrupt.__traceback__  # no call here: a second signal may be pending
+        except BaseException:
+            self._module.disarm()
+            raise
         count = None
         while count is None:
             try:  # noqa: SIM105  contextlib.suppress would be a call

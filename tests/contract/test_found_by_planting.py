@@ -3,6 +3,7 @@
 import os
 import queue
 import threading
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +35,7 @@ def pool(fake):
 def test_what_comes_at_the_very_last_moment_is_his_who_waited_for_it(pool):
     conn = pool.getconn()
     waiter = Waiter(0, list)
-    pool._queue_up(waiter)
+    pool._queue_up(waiter, inf)
     pool.putconn(conn)
     slot = pool._time_out(waiter)
     assert slot is not None and slot.link.conn is conn
@@ -200,7 +201,7 @@ def test_a_block_that_is_left_twice_gives_back_once(make_pool):
 def test_what_an_interrupted_waiter_was_given_goes_on_as_it_is(pool, monkeypatch):
     conn = pool.getconn()
 
-    def wait(waiter, _gate, _seconds):
+    def wait(waiter, _gate, _seconds, _began):
         pool.putconn(conn)
         assert waiter.slot is not None
         raise KeyboardInterrupt
@@ -244,7 +245,7 @@ def test_each_lease_looks_whether_the_process_was_forked(make_pool, monkeypatch)
 def test_a_move_that_was_cut_off_is_done_by_the_keeper(pool):
     conn = pool.getconn()
     waiter = Waiter(0, list)
-    pool._queue_up(waiter)
+    pool._queue_up(waiter, inf)
     [slot] = pool._machine.slots()
     link: Any = slot.link
     pool._getconns.clear()
