@@ -109,6 +109,7 @@ class OwnHold:
         file: path of the source file that `line` is in; None: where it was borrowed is not known.
         line: where it was borrowed; else where a function stands that has it in a variable.
         function: that function's qualified name; None: `line` is where it was borrowed.
+        by_getconn: it was borrowed by getconn(), so that another one may give it back.
     """
 
     seconds: float
@@ -116,11 +117,13 @@ class OwnHold:
     file: str | None = None
     line: int | None = None
     function: str | None = None
+    by_getconn: bool = False
 
     def __str__(self) -> str:
         text = f"since {self.seconds:.1f} s, "
         if self.file is None:
-            return f"{text}borrowed at a place that was not noted"
+            door = "by getconn() " if self.by_getconn else ""
+            return f"{text}borrowed {door}at a place that was not noted"
         place = f"{_short(self.file)}:{self.line}"
         if self.function is None:
             return f"{text}borrowed at {place}"

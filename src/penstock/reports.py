@@ -304,15 +304,15 @@ class Reporter:
         """What the borrower itself holds, longest first; `top`: where it stands."""
         now = clock()
         held = [
-            (slot.borrowed_at, slot.place, slot.link)
+            (slot.borrowed_at, slot.place, slot.link, slot.loose)
             for slot in self._machine.slots()
             if owner and slot.holder == owner and _is_lent(slot) and slot.link is not None
         ]
-        sights = seen({id(link.conn) for _, _, link in held}, top) if held else {}
+        sights = seen({id(link.conn) for _, _, link, _ in held}, top) if held else {}
         found = []
-        for since, noted, link in sorted(held, key=itemgetter(0)):
+        for since, noted, link, loose in sorted(held, key=itemgetter(0)):
             sight, seconds = sights.get(id(link.conn)), max(0.0, now - since)
-            own = partial(OwnHold, seconds=seconds, kind=self._kind())
+            own = partial(OwnHold, seconds=seconds, kind=self._kind(), by_getconn=loose)
             if noted is not None and noted[0] == since:
                 found.append(own(file=noted[1], line=noted[2]))
             elif sight is None:

@@ -735,6 +735,9 @@ def test_a_view_that_has_its_connection_and_asks_for_another_is_refused_at_once(
 
 def test_where_it_is_not_seen_the_error_tells_that_it_holds_one_itself_and_the_view(shop_of):
     shop = shop_of(timeout=0.1)
+    shop.pool.execute(
+        "select 1", timeout=30
+    )  # a connection is open, so that nothing else is waited for
     told = []
 
     def view(**kwargs):

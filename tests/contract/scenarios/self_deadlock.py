@@ -117,11 +117,12 @@ async def a_borrower_that_holds_one_of_those_that_it_waits_for_is_told_so_first(
     pool = w.pool(max_size=1)
     async with pool.connection():  # no variable: nothing proves who gives it back
         error = await told(pool)
-    assert len(error.own) == 1
-    assert error.own[0].file is None
+    (own,) = error.own
+    assert own.file is None
+    assert own.kind == {"threads": "thread", "gevent": "greenlet"}.get(w.runtime.name, "task")
     first, second, *_ = str(error).splitlines()
     assert "1 of 1 in use" in first
-    assert second.startswith(f"  this {error.own[0].kind} itself holds one of them, since ")
+    assert second.startswith(f"  this {own.kind} itself holds one of them, since ")
     assert "borrowed at a place that was not noted" in second
     assert "next step: use the connection that it has, or give it back first" in str(error)
     assert "end transactions" not in str(error)
@@ -138,6 +139,17 @@ async def the_place_of_what_getconn_has_lent_is_where_its_variable_is(w):
     assert f"in a variable of {own.function}() at scenarios/self_deadlock.py:{own.line}" in str(
         error
     )
+
+
+@scenario
+async def what_getconn_has_lent_and_no_variable_names_is_told_with_its_door(w):
+    pool = w.pool(max_size=1)
+    request = [await pool.getconn()]  # as `g`, or an object of the program's
+    error = await told(pool)
+    await pool.putconn(request.pop())
+    assert len(error.own) == 1
+    assert "itself holds one of them, since " in str(error)
+    assert "borrowed by getconn() at a place that was not noted" in str(error)
 
 
 @scenario

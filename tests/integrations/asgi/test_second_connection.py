@@ -11,6 +11,7 @@ from penstock import ConnectionPool, MisuseError, PoolTimeout
 @on_a_loop
 async def test_it_is_told_that_it_holds_one_itself_and_where_it_was_borrowed(shop_of, driver):
     async with shop_of(driver, timeout=0.1) as shop:
+        await shop.pool.execute("select 1", timeout=30)  # so that nothing else is waited for
         told = []
 
         async def view(request):

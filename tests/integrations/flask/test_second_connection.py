@@ -27,12 +27,19 @@ def by_plain_connection(pool):
     pool.execute("select 1")
 
 
+def hasty(shop_of):
+    """An app whose borrowers wait for a moment only; its connection is open, so that nothing else is waited for."""
+    shop = shop_of(PENSTOCK_POOL_OPTIONS={"max_size": 1, "timeout": SECONDS})
+    shop.pool.execute("select 1", timeout=30)
+    return shop
+
+
 @pytest.fixture
 def told_by(shop_of):
     """Gives what a view's second borrow is told, and the view's first line."""
 
     def ask(door, use=None):
-        shop = shop_of(PENSTOCK_POOL_OPTIONS={"max_size": 1, "timeout": SECONDS})
+        shop = hasty(shop_of)
         told = []
 
         def view():
@@ -68,7 +75,7 @@ def test_it_is_told_that_it_holds_one_itself_and_where_it_was_borrowed(door, tol
 
 
 def test_a_connection_that_the_request_keeps_by_itself_is_told_too(shop_of):
-    shop = shop_of(PENSTOCK_POOL_OPTIONS={"max_size": 1, "timeout": SECONDS})
+    shop = hasty(shop_of)
     told = []
 
     @shop.app.get("/")
@@ -102,7 +109,7 @@ def test_a_callee_that_is_given_the_connection_is_refused_at_once(shop_of):
 
 
 def test_a_request_that_waits_for_another_ones_is_told_nothing_of_the_kind(shop_of):
-    shop = shop_of(PENSTOCK_POOL_OPTIONS={"max_size": 1, "timeout": SECONDS})
+    shop = hasty(shop_of)
     has, may_end = threading.Event(), threading.Event()
 
     @shop.app.get("/hold")
