@@ -76,6 +76,7 @@ class AsyncOpener:
         deadline = clock() + seconds
         recipe = self._opener.begin(await self._recipe_within(seconds), if_changed=if_changed)
         link = await self._driver.open(recipe, max(0.0, deadline - clock()))
+        self._opener.let_in()
         try:
             await self._configure_within(link, max(DIAGNOSE_SECONDS, deadline - clock()))
         except BaseException:

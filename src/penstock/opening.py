@@ -169,6 +169,7 @@ class Opener:
         """
         began = clock()
         link = self._driver.open(self.begin(self._called_recipe(), if_changed=if_changed), seconds)
+        self.let_in()
         try:
             self._configure_within(link, max(DIAGNOSE_SECONDS, began + seconds - clock()))
         except BaseException:
@@ -274,6 +275,11 @@ class Opener:
         known = {**self._known, _key(error): diagnosis}  # made aside: several workers may be here
         self._known = dict(list(known.items())[-REMEMBERED:])
         return _failure(error, diagnosis)
+
+    def let_in(self) -> None:
+        """A server took this pool in: what was refused for good is asked about anew, also by the same words."""
+        if any(not each.heals for each in self._known.values()):
+            self._known = {key: each for key, each in self._known.items() if each.heals}
 
     def _explain_configure(self, error: ConfigureError) -> Failure:
         """The session was there: what failed is the user's code, or what it asked of the server."""

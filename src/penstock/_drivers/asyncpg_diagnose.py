@@ -13,6 +13,7 @@ import asyncpg
 
 from penstock._drivers.protocol import Diagnosis
 from penstock._drivers.psycopg3_tls import NO_TLS, NOT_VERIFIED
+from penstock._drivers.trace import STEP_ATTRS
 
 # Classes of SQLSTATE at start-up that do not go away by waiting; see psycopg3_diagnose.
 _LASTING: Final = ("28", "3D", "42", "22", "0A")
@@ -26,6 +27,7 @@ _STEP_NAME: Final = "look at host=: no address has this name"
 def diagnose(error: BaseException) -> Diagnosis:
     """Tell why an attempt to connect raised `error`."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = "; ".join((text, *getattr(error, "__notes__", ())))  # of the other hosts
     sqlstate = getattr(error, "sqlstate", None)
     if isinstance(error, asyncpg.ConnectionDoesNotExistError):
         # asyncpg's own word for a session that ended; the server may have said why.
@@ -33,6 +35,8 @@ def diagnose(error: BaseException) -> Diagnosis:
     if sqlstate is not None:
         heals = not sqlstate.startswith(_LASTING)
         return Diagnosis(sqlstate=sqlstate, heals=heals, text=text)
+    if isinstance(error, asyncpg.TargetServerAttributeNotMatched):  # after a login that succeeded
+        return Diagnosis(sqlstate=None, heals=True, text=text, next_step=STEP_ATTRS)
     next_step = _next_step(error)
     return Diagnosis(sqlstate=None, heals=next_step is None, text=text, next_step=next_step)
 

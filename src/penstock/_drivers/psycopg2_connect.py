@@ -27,7 +27,7 @@ from penstock._drivers.protocol import UnfitOption
 from penstock._drivers.psycopg2_guard import RAW, classes_for
 from penstock._drivers.psycopg2_limit import limited_connection
 from penstock._drivers.sockets import seconds_to
-from penstock._drivers.trace import ASKED, SPOKE_TLS
+from penstock._drivers.trace import ASKED, LET_IN, SPOKE_TLS
 from penstock.conninfo import KEYWORDS, to_conninfo
 from penstock.frames import without_frames
 from penstock.secret import Hidden, Secret, is_secret
@@ -265,6 +265,8 @@ def _note_how_far(conn: connection, error: psycopg2.OperationalError) -> None:
         info = conn.info
         setattr(error, SPOKE_TLS, bool(info.ssl_in_use))
         setattr(error, ASKED, bool(info.used_password or info.needs_password))
+        # What a server reports of itself it tells to whom it has let in.
+        setattr(error, LET_IN, info.parameter_status("server_version") is not None)
     except psycopg2.Error:  # it did not come as far as to a handle
         pass
 

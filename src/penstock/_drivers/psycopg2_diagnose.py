@@ -2,9 +2,8 @@
 
 libpq keeps no SQLSTATE of a failed connect, its text is in the server's language, and psycopg2 has no way
 to listen in. Wrong options and names are told without it. For the rest psycopg 3 is asked, if it is
-installed as well: it can hear the code. Where it is not, libpq's trace is (`psycopg2_tape.py`). libpq before 18
-traces nothing before the server has let somebody in: no code after the server had asked for a password is a wrong
-or a missing one. What is told by neither counts as one that heals, with the server's words attached.
+installed as well: it can hear the code. Where it is not, psycopg2's own libpq is (`psycopg2_tape.py`). What is
+told by neither counts as one that heals, with the server's words attached.
 
 It must not know: connections, links, settings of sessions.
 """
@@ -22,14 +21,9 @@ from penstock._drivers import psycopg3_tls
 from penstock._drivers.protocol import Diagnosis
 from penstock._drivers.psycopg2_adopt import params_used
 from penstock._drivers.psycopg2_connect import connection_params
-from penstock._drivers.psycopg2_tape import sqlstate_of_attempt
+from penstock._drivers.psycopg2_tape import heard_in_attempt
 from penstock._drivers.sockets import deadline_in
-from penstock._drivers.trace import (
-    SPOKE_TLS,
-    asked_for_password,
-    heals,
-    spoke_tls,
-)
+from penstock._drivers.trace import SPOKE_TLS, heard_by, spoke_tls
 from penstock.conninfo import to_conninfo
 from penstock.secret import Secret, is_secret
 
@@ -43,9 +37,6 @@ _NO_SUCH_NAME: Final = tuple(
 )
 
 _STEP_OPTIONS: Final = "look at conninfo= and kwargs=: libpq refuses an option or its value"
-_STEP_LOGIN: Final = (
-    "check user and password: conninfo, PGPASSWORD, ~/.pgpass; a token may have expired"
-)
 _INT: Final = 2**31 - 1
 #: Settings that libpq reads as numbers once it connects.
 _NUMBERS: Final = (
@@ -125,10 +116,11 @@ def _by_tape(error: BaseException, text: str, params: Params, deadline: float) -
             return _final(text, tls.next_step)
         if not tls.passed:
             return None
-    code = sqlstate_of_attempt(Secret(to_conninfo(params)), deadline)
-    if code is not None:
-        return Diagnosis(sqlstate=code, heals=heals(code), text=text)
-    return _final(text, _STEP_LOGIN) if asked_for_password(error) else None
+    heard = heard_in_attempt(Secret(to_conninfo(params)), deadline)
+    if not heard.tells_codes and not heard.let_in:
+        heard = heard_by(error)
+    picks = params.get("target_session_attrs") or os.environ.get("PGTARGETSESSIONATTRS", "")
+    return heard.diagnosis(text, {"target_session_attrs": picks})
 
 
 def _effective(params: Params) -> dict[str, str]:

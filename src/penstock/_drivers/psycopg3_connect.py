@@ -300,7 +300,7 @@ def connected(attempt: Params, until: float, tape: Tape | None) -> PGconn:
     # its socket when it is freed.
     try:
         if tape is None:
-            _step_until_connected(handle, attempt, until)
+            _step_until_connected(handle, attempt, until, None)
         else:
             _step_recorded(handle, attempt, until, tape)
     except BaseException:
@@ -312,7 +312,7 @@ def connected(attempt: Params, until: float, tape: Tape | None) -> PGconn:
 def _step_recorded(handle: PGconn, attempt: Params, until: float, tape: Tape) -> None:
     try:
         tape.start(handle)
-        _step_until_connected(handle, attempt, until)
+        _step_until_connected(handle, attempt, until, tape)
     finally:
         tape.stop(handle)
 
@@ -322,7 +322,7 @@ def start(attempt: Params) -> PGconn:
     return pq.PGconn.connect_start(make_conninfo("", **attempt).encode())
 
 
-def _step_until_connected(handle: PGconn, attempt: Params, until: float) -> None:
+def _step_until_connected(handle: PGconn, attempt: Params, until: float, tape: Tape | None) -> None:
     wanted = first_step(handle)
     while wanted:
         # The descriptor can change between steps (TLS refused, next address): ask each time.
@@ -331,6 +331,8 @@ def _step_until_connected(handle: PGconn, attempt: Params, until: float) -> None
         if not wait(fd, wanted, until):
             raise too_late(attempt)
         wanted = next_step(handle.connect_poll())
+        if tape is not None:
+            tape.look(handle)
     check_connected(handle)
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import replace
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import psycopg
 from psycopg import pq
 from psycopg.conninfo import make_conninfo
 
-from penstock._drivers import psycopg3_tls
+from penstock._drivers import libpq_codes, psycopg3_tls
 from penstock._drivers.protocol import Diagnosis
 from penstock._drivers.psycopg3_adopt import params_of
 from penstock._drivers.psycopg3_connect import (
@@ -27,7 +28,7 @@ from penstock._drivers.psycopg3_connect import (
     share_of,
 )
 from penstock._drivers.sockets import deadline_in
-from penstock._drivers.trace import heals, spoke_tls, sqlstate_in
+from penstock._drivers.trace import Heard, heals, spoke_tls, sqlstate_in, sqlstate_told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,48 +45,74 @@ _NO_SUCH_NAME: Final = tuple(
 _STEP_OPTIONS: Final = "look at conninfo= and kwargs=: libpq refuses an option or its value"
 _STEP_NAME: Final = "look at host=: no address has this name"
 
+#: libpq from here on traces what the server says during a login.
+_TRACES_LOGINS: Final = 18_00_00
+
 
 class Tape:
-    """What the server said during one attempt to connect.
+    """What one attempt to connect tells, at each of its steps.
 
-    libpq keeps no SQLSTATE of a failed attempt, and the text is in the server's language; its trace
-    shows the fields of the error message. A memory file, never one on disk: it may hold
-    what was sent. psycopg never closes the C stream it makes for the trace: about 5 kB stay
-    allocated per diagnosis, so diagnose once per outage, not once per attempt.
-
-    libpq before 18 traces errors after authentication only (3D000, 53300 of a database or role).
-    And a password that is missing is found out by libpq, so nobody sends a code. So a failure
-    after the server asked for a password, with no code, is taken for a wrong or missing one.
-
-    Attributes:
-        sqlstate: the code of the error that ended the attempt, if one was heard.
-        asked_for_password: whether the server wanted one.
+    libpq keeps no SQLSTATE of a failed attempt, and the text is in the server's language. Its trace shows
+    the fields of the error message, from version 18 on also those of an error during the login; older ones
+    write the code as their text (`libpq_codes.py`), which nobody sees: this attempt only diagnoses. The
+    trace goes to a memory file, never to one on disk: it may hold what was sent. psycopg never closes the C
+    stream it makes for the trace: about 5 kB stay allocated per diagnosis, so diagnose once per outage,
+    not once per attempt.
     """
 
     def __init__(self) -> None:
-        self.sqlstate: str | None = None
-        self.asked_for_password = False
+        self.heard = Heard()
+        self._tells_codes = False
+        self._let_in = False
         self._fd = -1
 
     def start(self, handle: PGconn) -> None:
         """Record what this handle hears from now on, where that is possible."""
+        # Documented, but not in the Protocol that psycopg types its handles by.
+        address: int | None = getattr(handle, "pgconn_ptr", None)
+        self._tells_codes = libpq_codes.tell_codes(_libpq(), address)
         if not hasattr(os, "memfd_create"):  # not Linux; psycopg traces there only
             return
+        self._tells_codes = self._tells_codes or pq.version() >= _TRACES_LOGINS
         self._fd = os.memfd_create("penstock-diagnosis")
         handle.trace(self._fd)
         handle.set_trace_flags(pq.Trace.SUPPRESS_TIMESTAMPS)
 
+    def look(self, handle: PGconn) -> None:
+        """Called after each step: AuthenticationOk is in no trace."""
+        self._let_in = self._let_in or handle.status == pq.ConnStatus.AUTH_OK
+
     def stop(self, handle: PGconn) -> None:
         """Look at what was heard and forget it. The handle must not be freed before."""
-        self.asked_for_password = bool(handle.needs_password or handle.used_password)
+        traced = self._traced(handle)
+        told = sqlstate_told(handle.get_error_message())
+        self.heard = Heard(
+            sqlstate=told or sqlstate_in(traced),
+            tells_codes=self._tells_codes,
+            # What a server reports of itself comes after AuthenticationOk, and may come with it.
+            let_in=self._let_in or handle.parameter_status(b"server_version") is not None,
+            asked_for_password=bool(handle.needs_password or handle.used_password),
+            has_none=bool(handle.needs_password),
+        )
+
+    def _traced(self, handle: PGconn) -> bytes:
         if self._fd < 0:
-            return
+            return b""
         handle.untrace()  # flushes
         try:
-            heard = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+            return os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         finally:
             os.close(self._fd)
-        self.sqlstate = sqlstate_in(heard)
+
+
+def _libpq() -> Any:
+    """The libpq that psycopg has loaded, for what it does not pass on; None where it cannot be had."""
+    # psycopg 3.2 and 3.3: the library that its Python implementation loads, or the extension's own file.
+    name, attribute = "psycopg.pq._pq_ctypes", "libname"
+    if pq.__impl__ != "python":
+        name, attribute = pq.PGconn.__module__, "__file__"
+    path = getattr(sys.modules.get(name), attribute, None)
+    return None if path is None else libpq_codes.library(path)
 
 
 def diagnose(error: BaseException, recipe: Recipe, seconds: float | None) -> Diagnosis:
@@ -133,7 +160,7 @@ def diagnosis_by_trying(error: BaseException, recipe: Recipe, deadline: float) -
     if not _are_valid_options(params):
         return Diagnosis(sqlstate=None, heals=False, text=text, next_step=_STEP_OPTIONS)
     findings = list(_findings(params, deadline, spoke_tls(error)))
-    # Of several servers, one that may take us in later is enough for hope; those that cannot be
+    # Of several servers, one that takes us in, or may later, is enough for hope; those that cannot be
     # reached are not counted (localhost is often two addresses, of which one listens).
     for finding in findings:
         if finding.heals:
@@ -166,15 +193,15 @@ def _finding(attempt: Params, until: float, spoke: bool | None) -> Diagnosis | N
     try:
         connected(attempt, until, tape).finish()
     except psycopg.Error as error:
-        if tape.sqlstate is not None:
-            return Diagnosis(sqlstate=tape.sqlstate, heals=heals(tape.sqlstate), text="")
+        found = tape.heard.diagnosis("", effective)
         if isinstance(error, psycopg.errors.ConnectionTimeout):
-            return None
-        if tape.asked_for_password:
-            return Diagnosis(sqlstate=None, heals=False, text="")
+            return found if found is not None and found.heals else None
+        if found is not None:
+            return found
         if not spoke and psycopg3_tls.is_wanted(effective):
             return _refused_by(psycopg3_tls.look(effective, until))
-    return None
+        return None
+    return Diagnosis(sqlstate=None, heals=True, text="")  # now it works
 
 
 def _refused_by(tls: psycopg3_tls.Tls) -> Diagnosis | None:

@@ -23,9 +23,9 @@ HEALS_AFTER = 0.7
 
 
 async def play(w):
-    server = w.fresh_server(hba=("host all secretive 127.0.0.1/32 scram-sha-256", *HBA))
+    server = w.fresh_server(hba=("host all secretive,lonely 127.0.0.1/32 scram-sha-256", *HBA))
     server.execute("create role secretive login password 'right'")
-    server.execute("create role lonely login connection limit 1")
+    server.execute("create role lonely login password 'right' connection limit 1")
     proxy = w.proxy(server.port)
 
     hopeless = {
@@ -39,9 +39,11 @@ async def play(w):
     await bad_certificate(w)
 
     proxy.refuse()
-    await heals(w, "refused", server.conninfo(port=proxy.port), proxy.accept)
-    other = psycopg.connect(server.conninfo(user="lonely"))
-    await heals(w, "role's connection limit", server.conninfo(user="lonely"), other.close)
+    known = {"user": "secretive", "password": "right"}
+    await heals(w, "refused", server.conninfo(port=proxy.port, **known), proxy.accept)
+    lonely = server.conninfo(user="lonely", password="right")
+    other = psycopg.connect(lonely)
+    await heals(w, "role's connection limit", lonely, other.close)
     await starting_up(w)
 
 
@@ -111,9 +113,11 @@ async def heals(w, what, conninfo, mends):
 
 async def starting_up(w):
     """A standby that takes no queries says so to everyone, until it is promoted."""
-    primary = w.fresh_server()
+    primary = w.fresh_server(hba=("host all secretive 127.0.0.1/32 scram-sha-256", *HBA))
+    primary.execute("create role secretive login password 'right'")
     standby = w.owns(await w.aside(primary.standby))
     await w.aside(standby.stop)
+    conninfo = standby.conninfo(user="secretive", password="right")
     with (standby.data_dir / "postgresql.conf").open("a") as file:
         file.write("hot_standby = off\n")
 
@@ -130,9 +134,9 @@ async def starting_up(w):
         while "ready" not in pid_file.read_text():
             time.sleep(0.005)
 
-    pool = w.pool(standby.conninfo(), timeout=0.5, name="starting")
+    pool = w.pool(conninfo, timeout=0.5, name="starting")
     this = await w.borrow(pool)
     named = isinstance(this.error, ServerUnavailable) and this.error.sqlstate == "57P03"
     w.count("starting up: errors without the cause", int(not named), exactly=0)
-    await heals(w, "starting up", standby.conninfo(), promote)
+    await heals(w, "starting up", conninfo, promote)
     await starting.join()

@@ -2,6 +2,7 @@
 
 At the same address the old primary may live on, read-only: sessions there are well, and every write fails
 (25006). A pool that is told `read_write=True` takes that as the end of the session and doubts the others.
+The server asks for passwords: libpq ends a login that succeeded, at a standby, without a code.
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ from tests.faults.stage import now
 
 TITLE = "failover to a promoted standby, 8 connections"
 SIZE, BORROWERS, AFTER = 8, 8, 240
+HBA = (
+    *("local all postgres trust", "host replication all 127.0.0.1/32 trust"),
+    "host all all 127.0.0.1/32 scram-sha-256",
+)
+APP = {"user": "app", "password": "pw"}
 
 
 async def play(w):
@@ -19,11 +25,13 @@ async def play(w):
 
 
 async def same_address(w):
-    primary = w.fresh_server()
+    primary = w.fresh_server(hba=HBA)
+    primary.execute("create role app login password 'pw'")
     primary.execute("create table written (key int)")
+    primary.execute("grant insert on written to app")
     standby = w.owns(await w.aside(primary.standby))
     proxy = w.proxy(primary.port)
-    conninfo = primary.conninfo(port=proxy.port)
+    conninfo = primary.conninfo(port=proxy.port, **APP)
     pool = w.pool(conninfo, min_size=SIZE, max_size=SIZE, read_write=True, name="moves")
     await pool.open(wait=True)
     await w.until(lambda: pool.stats().idle == SIZE, "all are idle")
@@ -53,12 +61,14 @@ async def same_address(w):
 
 
 async def several_hosts(w):
-    primary = w.fresh_server()
+    primary = w.fresh_server(hba=HBA)
+    primary.execute("create role app login password 'pw'")
     standby = w.owns(await w.aside(primary.standby))
     conninfo = primary.conninfo(
         host="127.0.0.1,127.0.0.1",
         port=f"{primary.port},{standby.port}",
         target_session_attrs="read-write",
+        **APP,
     )
     pool = w.pool(conninfo, min_size=SIZE, max_size=SIZE, read_write=True, name="hosts")
     await pool.open(wait=True)
