@@ -30,7 +30,7 @@ from penstock._drivers.psycopg3_link import (
     connection_over,
     settings_statement,
 )
-from penstock._drivers.psycopg3_outdated import NotesOutdated, failed_at_bind
+from penstock._drivers.psycopg3_outdated import failed_at_bind, in_front_of
 from penstock._drivers.psycopg3_reset import LEARN
 from penstock._drivers.psycopg3_wire import all_done, answers, ask
 from penstock._drivers.sockets import deadline_in
@@ -265,7 +265,7 @@ class Psycopg3Driver(PsycopgDriver):
             psycopg.OperationalError: the session did not answer; it is closed.
         """
         real = adoption.checked(conn, psycopg.Connection)
-        handle, touched = adoption.watch(real, recipe, *_in_front(recipe))
+        handle, touched = adoption.watch(real, recipe, *_in_front(recipe, type(real)))
         try:
             link = Psycopg3Link(real, handle, touched, resets_session=recipe.reset == "session")
             link.conn = conn
@@ -286,16 +286,16 @@ class Psycopg3Driver(PsycopgDriver):
 
 def _linked(handle: PGconn, recipe: Recipe, deadline: float) -> Psycopg3Link:
     """Build the connection as psycopg's `connect()` would, and set the session up."""
-    conn, touched = connection_over(handle, recipe, psycopg.Connection, *_in_front(recipe))
+    in_front = _in_front(recipe, recipe.connection_class or psycopg.Connection)
+    conn, touched = connection_over(handle, recipe, psycopg.Connection, *in_front)
     link = Psycopg3Link(conn, handle, touched, resets_session=recipe.reset == "session")
     _set_up(link, recipe, deadline)
     return link
 
 
-def _in_front(recipe: Recipe) -> tuple[type[Any], ...]:
-    """The classes that go in front of the recipe's."""
+def _in_front(recipe: Recipe, kind: type[Any]) -> tuple[type[Any], ...]:
     limits: tuple[type[Any], ...] = (LimitsStatements,) if recipe.statement_limit else ()
-    return (NotesOutdated, *limits)
+    return in_front_of(kind, *limits)
 
 
 def _set_up(link: Psycopg3Link, recipe: Recipe, deadline: float) -> None:
