@@ -7,6 +7,7 @@ import pytest
 from examples.pg8000_driver.pg8000_driver import Pg8000Driver
 
 from penstock import _drivers
+from penstock.conninfo import parse
 from penstock.testing.conformance import DriverConformance
 
 
@@ -58,6 +59,13 @@ class TestAsyncpg(DriverConformance):
     def driver(self):
         pytest.importorskip("asyncpg", reason="needs asyncpg")
         return _drivers.load("asyncpg", asynchronous=True)
+
+    def connected(self, conninfo):
+        import asyncpg
+
+        words = parse(conninfo)
+        names = {"host": "host", "port": "port", "user": "user", "dbname": "database"}
+        return asyncpg.connect(**{names[key]: words[key] for key in names})
 
     async def run(self, conn, query):
         await conn.execute(query)

@@ -16,11 +16,13 @@ there is no connection in time, so `PoolTimeout` is one of those, too.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 
+from penstock._drivers import asyncpg_adopt as adoption
 from penstock._drivers import asyncpg_connect as connecting
+from penstock._drivers.adopting import NotAdopted, OwnConnect
 from penstock._drivers.asyncpg_diagnose import diagnose
 from penstock._drivers.asyncpg_guard import watched
 from penstock._drivers.asyncpg_link import AsyncpgLink
@@ -36,6 +38,9 @@ _SERVER_GOES: Final = ("57P01", "57P02", "57P03")
 # Linux's largest process id: a "server process" beyond it is a pooler's invention, and a pooler
 # would hand our SET to other clients.
 _PID_MAX: Final = 4_194_304
+
+#: Who connects where nobody else does.
+_ASYNCPGS: Final = OwnConnect(asyncpg.connect, "asyncpg.connect()")
 
 
 class AcquireTimeout(asyncpg.PostgresConnectionError, TimeoutError):  # type: ignore[misc]  # noqa: N818
@@ -63,23 +68,47 @@ class AsyncpgDriver:
             asyncpg.ClientConfigurationError: the connection string or an option is wrong.
             TimeoutError: not in time.
             OSError: no connection.
+            ConnectRaised: a function that is in the place of `asyncpg.connect` raised something else.
+            NotAdopted: what it gave cannot be lent.
         """
         deadline = deadline_in(seconds)
         cls = watched(recipe.connection_class or asyncpg.Connection)
         conn = await connecting.connect(recipe, cls, deadline)
         try:
-            loop = asyncio.get_running_loop()
+            link = await self.adopt(conn, recipe, seconds_to(deadline))
+        except NotAdopted as error:
+            if not error.taken:
+                adoption.end(conn)
+            raise error.of(adoption.own_connect() or _ASYNCPGS) from None
+        return link
+
+    async def adopt(self, conn: Any, recipe: Recipe, seconds: float | None) -> AsyncpgLink:
+        """Make a link of an open connection, or of a tracer's proxy of one; the link is lent.
+
+        Its settings as they are now are those to go back to.
+
+        Raises:
+            NotAdopted: it is closed, in the middle of something, another loop's, or a pool's; it is left
+                as it was.
+            asyncpg.PostgresError, OSError: the session did not answer; it is closed.
+        """
+        deadline = deadline_in(seconds)
+        loop = asyncio.get_running_loop()
+        real = adoption.checked(conn, loop)
+        adoption.watch(real)
+        try:
             link = AsyncpgLink(
-                conn,
+                real,
                 loop,
                 resets_session=recipe.reset == "session",
                 limit=recipe.statement_limit,
             )
+            link.conn = conn
             connecting.keep_alive(link.fd, recipe)
             await _set_check_interval(link, recipe.server_check_interval, deadline)
             link.lend()
         except BaseException:
-            conn.terminate()
+            real.terminate()
             raise
         return link
 
@@ -119,7 +148,7 @@ async def _set_check_interval(link: AsyncpgLink, seconds: float | None, deadline
     Before PostgreSQL 14 the setting does not exist. Somebody who turned it on already (for the role,
     by `options`) is left alone. Errors do not matter: not every platform and pooler takes it.
     """
-    conn = link.conn
+    conn = link.real
     pid = link.protocol.get_server_pid()
     if not seconds or conn.get_server_version() < (14, 0) or not 0 < pid <= _PID_MAX:
         return

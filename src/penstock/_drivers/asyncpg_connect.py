@@ -15,6 +15,7 @@ import inspect
 import os
 import random
 import socket
+from contextlib import suppress
 from functools import partial
 from math import inf
 from time import monotonic
@@ -23,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Final
 import asyncpg
 
 from penstock._drivers import under_way
+from penstock._drivers.adopting import ConnectRaised, NotAdopted, unwrapped
+from penstock._drivers.asyncpg_adopt import is_librarys, own_connect
 from penstock._drivers.asyncpg_passfile import password_for
 from penstock._drivers.asyncpg_tls import tls_options
 from penstock._drivers.options import unknown_option
@@ -344,21 +347,34 @@ async def _connected(
     where = attempt["host"] if is_local else f"{attempt['address']}:{attempt['port']}"
     with under_way.searching([attempt["port"]]):
         conn = await _connected_by(given, where)
-        under_way.note(conn._transport.get_extra_info("socket").fileno())
+        _note_socket(conn)
         return conn
+
+
+def _note_socket(conn: Any) -> None:
+    with suppress(NotAdopted):  # no connection at all
+        transport = unwrapped(conn, asyncpg.Connection)._transport
+        if not transport.is_closing():
+            under_way.note(transport.get_extra_info("socket").fileno())
 
 
 async def _connected_by(given: Hidden[Words], where: str) -> Any:
     """As `asyncpg.connect`, but its frames, which hold the password, are in no traceback."""
     failure: BaseException
+    own = own_connect()
     try:
-        return await asyncpg.connect(**given.value)
+        return await (asyncpg.connect if own is None else own.call)(**given.value)
     except BaseException as error:  # noqa: BLE001  raised below
         failure = error
     if isinstance(failure, TimeoutError) and not str(failure):
         raise TimeoutError(f"no connection to {where} in time")
     if isinstance(failure, asyncpg.ConnectionDoesNotExistError):
         _refuse_subclasses_of_str(given)
+    if own is not None and not is_librarys(failure):
+        try:
+            raise ConnectRaised(own.name) from without_frames(failure)
+        finally:
+            del failure  # it holds this frame, and this frame held it
     if isinstance(failure, Exception) and not isinstance(failure, (OSError, *_OF_ASYNCPG)):
         place_noted(failure)
     try:

@@ -384,19 +384,59 @@ def siblings(conn: Any) -> WeakSet[Any]:
 
 # Made once per connection class.
 _watched_classes: dict[type[Any], type[Any]] = {}
+_adopted_classes: dict[type[Any], type[Any]] = {}
 
 
 def watched(base: type[Any]) -> type[Any]:
     """The class to build connections of: a subclass of `base` that looks like it and watches."""
     if base not in _watched_classes:
-        made = new_class(
-            base.__name__, (Watching, base), {}, lambda body: body.update(__slots__=("_penstock",))
-        )
-        made.__qualname__ = base.__qualname__
-        made.__module__ = base.__module__
-        made.__doc__ = base.__doc__
-        _watched_classes[base] = made
+        _watched_classes[base] = _made(base, __slots__=("_penstock",))
     return _watched_classes[base]
+
+
+def adopted(base: type[Any]) -> type[Any]:
+    """The class that a connection of the class `base` may change into: of the same shape, without a slot more."""
+    if base not in _adopted_classes:
+        shape = (WithDict,) if base.__dictoffset__ else ()
+        place = property(_watch_of, _set_watch)
+        _adopted_classes[base] = _made(base, *shape, __slots__=(), _penstock=place, __del__=_forget)
+    return _adopted_classes[base]
+
+
+class WithDict(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
+    """The shape of the classes that people make of asyncpg's: with a __dict__, where `Watching` has none."""
+
+
+def _made(base: type[Any], *shape: type[Any], **body: Any) -> type[Any]:
+    bases = (*shape, Watching, base)
+    made = new_class(base.__name__, bases, {}, lambda space: space.update(body))
+    made.__qualname__ = base.__qualname__
+    made.__module__ = base.__module__
+    made.__doc__ = base.__doc__
+    return made
+
+
+# The watches of connections that have no slot for one, by the connection's id; until its finalizer. Not by a
+# weak reference: the garbage collector clears those before the finalizer, which needs the watch.
+_watches: dict[int, Watch] = {}
+
+
+def _watch_of(conn: Any) -> Watch:
+    try:
+        return _watches[id(conn)]
+    except KeyError:
+        raise AttributeError("_penstock") from None
+
+
+def _set_watch(conn: Any, watch: Watch) -> None:
+    _watches[id(conn)] = watch
+
+
+def _forget(conn: Any) -> None:
+    try:
+        Watching.__del__(conn)
+    finally:
+        _watches.pop(id(conn), None)
 
 
 class Settings:

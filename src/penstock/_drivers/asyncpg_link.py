@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 
+from penstock._drivers.asyncpg_adopt import fetched, shows_statements
 from penstock._drivers.asyncpg_end import drop, is_running, look_at
 from penstock._drivers.asyncpg_guard import COPYING, DEAD, INHERITED, Settings, outdated
 from penstock._drivers.asyncpg_limit import LimitedProtocol
 from penstock._drivers.asyncpg_renewal import renewed
 from penstock._drivers.outdated import take_from
 from penstock._drivers.protocol import Activity, Outdated, Reply
-from penstock._drivers.renewal import ALONE
+from penstock._drivers.renewal import ALONE, is_held
 from penstock._drivers.session_reset import LEARN, literal, reset_message
 from penstock._drivers.sockets import deadline_in, point_at_null, seconds_to
 
@@ -123,7 +124,7 @@ class AsyncpgLink:
 
     def lend(self) -> None:
         """Make the connection usable: put the real protocol in its place."""
-        self.conn._protocol = self.lent
+        self.real._protocol = self.lent
 
     def park(self) -> bool:
         """Take the protocol away, so that using the returned connection raises; tell if it is clean.
@@ -133,7 +134,7 @@ class AsyncpgLink:
         round trip. Not clean are: a transaction, a statement under way or being cancelled, codecs and
         channels that changed.
         """
-        conn = self.conn
+        conn = self.real
         conn._protocol = DEAD
         conn._pool_release_ctr += 1
         if (
@@ -148,10 +149,18 @@ class AsyncpgLink:
     def renew(self) -> bool:
         """See to it that the next borrower's object is his alone: make a new one if anybody has this.
 
-        For a parked link that is clean. 15 ns where nobody has it.
+        For a parked link that is clean. 15 ns where nobody has it. False: the session is ended.
         """
-        if getrefcount(self.conn) > ALONE:
-            self.conn = self.real = renewed(self.conn, self.protocol)
+        if self.conn is not self.real:
+            return self._renew_in_proxy()
+        if getrefcount(self.real) > ALONE:
+            self.conn = self.real = renewed(self.real, self.protocol)
+        return True
+
+    def _renew_in_proxy(self) -> bool:
+        if is_held(self):
+            self.discard()  # a tracer's proxy cannot be made again
+            return False
         return True
 
     def _settle(self) -> bool:
@@ -161,15 +170,15 @@ class AsyncpgLink:
         if not self._references or references < self._references:
             self._references = references
         self._forget_transaction()
-        if self._watch.recoded or any(self._settings.channels(self.conn)):
+        if self._watch.recoded or any(self._settings.channels(self.real)):
             return False
         if not self.touched.isdisjoint(Outdated):
             return False
-        self._settings.restore(self.conn)
+        self._settings.restore(self.real)
         return True
 
     def _forget_transaction(self) -> None:
-        self.conn._top_xact = self._transaction = None
+        self.real._top_xact = self._transaction = None
 
     # --- without a word to the server
 
@@ -227,9 +236,9 @@ class AsyncpgLink:
         Raises:
             asyncpg.PostgresError, asyncpg.InterfaceError: the server did not answer that question.
         """
-        self._settings = Settings(self.conn)
+        self._settings = Settings(self.real)
         if self._reset is not None:
-            learned = await self.conn._execute(
+            learned = await self.real._execute(
                 LEARN, (), 0, None, ignore_custom_codec=True, record_class=asyncpg.Record
             )
             self._reset = reset_message(self._login, learned)
@@ -240,7 +249,7 @@ class AsyncpgLink:
         Raises:
             asyncpg.PostgresError, asyncpg.InterfaceError: it could not.
         """
-        transaction = self.conn.transaction()
+        transaction = self.real.transaction()
         await transaction.start()
         self._transaction = transaction
 
@@ -280,8 +289,7 @@ class AsyncpgLink:
         """
         if self.protocol.is_in_transaction():
             raise asyncpg.InterfaceError(f"cannot execute in autocommit: {self.activity().value}")
-        conn = self.conn
-        conn._check_open()
+        self.real._check_open()
         args = () if params is None else tuple(params)
         try:
             answer, statement = await self._executed(query, args)
@@ -290,7 +298,7 @@ class AsyncpgLink:
                 raise
             # What has several statements cannot be prepared, and only the simple protocol tells
             # that from a slip of the pen: nothing has been executed yet.
-            status: str = await conn.execute(query)
+            status: str = await self.conn.execute(query)
             return Reply(rows=None, rowcount=_count(status), description=None, statusmessage=status)
         rows, tag, _ = answer
         return _reply(rows, tag.decode(), statement)
@@ -305,7 +313,9 @@ class AsyncpgLink:
         return await self._execute_once(query, args)
 
     async def _execute_once(self, query: Any, args: tuple[Any, ...]) -> Any:
-        conn = self.conn
+        conn = self.real
+        if shows_statements(conn) or self.conn is not conn:
+            return await fetched(self.conn, conn, self.lent, query, args)
         with conn._stmt_exclusive_section:
             return await conn._Connection__execute(query, args, 0, None, return_status=True)
 
@@ -353,9 +363,9 @@ class AsyncpgLink:
         await protocol._wait_for_cancellation()
         if self.activity() in {Activity.BROKEN, Activity.ACTIVE}:
             return False
-        self.conn._pool_release_ctr += 1
+        self.real._pool_release_ctr += 1
         self._forget_transaction()
-        unwanted, wanted = self._settings.channels(self.conn)
+        unwanted, wanted = self._settings.channels(self.real)
         statements = ["ROLLBACK"] if protocol.is_in_transaction() else []
         statements += [f"UNLISTEN {_name(channel)}" for channel in unwanted]
         statements += [f"LISTEN {_name(channel)}" for channel in wanted]
@@ -365,15 +375,15 @@ class AsyncpgLink:
             await protocol.query("; ".join(statements), seconds_to(deadline))
         if self._watch.recoded:
             await self._restore_codecs()
-        self._settings.restore(self.conn)
+        self._settings.restore(self.real)
         return True
 
     async def _restore_codecs(self) -> None:
         self.lend()
         try:
-            await self._settings.restore_codecs(self.conn)
+            await self._settings.restore_codecs(self.real)
         finally:
-            self.conn._protocol = DEAD
+            self.real._protocol = DEAD
 
     async def _settled(self) -> bool:
         """Wait for what was sent without waiting; whether that leaves a session to tidy."""
@@ -392,12 +402,12 @@ class AsyncpgLink:
         What asyncpg prepared is forgotten by then, on every connection to this database, parked ones too.
         """
         if error is not None:  # in a cursor, or a statement that the borrower prepared
-            self.conn._note_outdated(error)
+            self.real._note_outdated(error)
         return take_from(self.touched)
 
     async def forget(self, seconds: float | None) -> bool:
         """A ping after which asyncpg knows none of the statements that it prepared; it closes them itself."""
-        self.conn._drop_local_statement_cache()
+        self.real._drop_local_statement_cache()
         return await self.ping(seconds)
 
     async def ping(self, seconds: float | None) -> bool:
@@ -432,7 +442,7 @@ class AsyncpgLink:
             return False
         if self.activity() is not Activity.IDLE or self._watch.recoded:
             return False
-        self._settings.restore(self.conn)  # the server listens to what it did when it was new
+        self._settings.restore(self.real)  # the server listens to what it did when it was new
         return True
 
     # --- the end
@@ -448,12 +458,12 @@ class AsyncpgLink:
         if self.activity() in {Activity.BROKEN, Activity.ACTIVE}:
             self.discard()
             return
-        self.conn._protocol = DEAD  # nobody can begin anything; and asyncpg calls it closed
+        self.real._protocol = DEAD  # nobody can begin anything; and asyncpg calls it closed
         ended: asyncio.Future[None] = self._loop.create_future()
         self._watch.tell = ended.cancel
         transport.write(_TERMINATE)
         transport.close()
-        self.conn._mark_stmts_as_closed()  # else a timer of five minutes keeps each that it caches
+        self.real._mark_stmts_as_closed()  # else a timer of five minutes keeps each that it caches
         if transport.get_extra_info("ssl_object") is None and not transport.get_write_buffer_size():
             self._watch.tell = self._watch.drop = None
             return
@@ -471,21 +481,21 @@ class AsyncpgLink:
         self._watch.tell = self._watch.drop = None
         running = is_running(self._loop)
         if running:
-            self.conn._protocol = self.protocol
+            self.real._protocol = self.protocol
         elif self._loop.is_closed():
-            self.conn._protocol = DEAD
+            self.real._protocol = DEAD
         drop(self.protocol, self._transport, self._loop, self.fd)
         if running:
             wished = "closed" in self.touched
-            self.conn.terminate()
+            self.real.terminate()
             if not wished:  # it was not the borrower: his commit shall raise
                 self.touched.discard("closed")
 
     def abandon(self, *, busy: bool) -> None:  # noqa: ARG002  nothing of it is ever freed
         """In a forked child: let go of the parent's session without a byte on the wire."""
-        self.conn._protocol = INHERITED
+        self.real._protocol = INHERITED
         self._watch.drop = None
-        GRAVEYARD.append((self.conn, self.protocol, self._transport, self._loop))
+        GRAVEYARD.append((self.conn, self.real, self.protocol, self._transport, self._loop))
         # A child that ran no at-fork hooks may have closed the number and opened a file on it.
         if self._is_same_socket():
             point_at_null(self.fd)
@@ -511,7 +521,7 @@ def _setting_text(value: object) -> str:
 
 
 def _reply(rows: list[Any], status: str, statement: Any) -> Reply:
-    description = statement._get_attributes()
+    description = () if statement is None else statement._get_attributes()
     return Reply(
         rows=rows if description else None,
         rowcount=_count(status),

@@ -43,6 +43,7 @@ def renewed(old: Any, protocol: Any) -> Any:
     to close, where statements that die with the old object's holder belong.
     """
     new = successor(old)
+    new._penstock = old._penstock  # not always in a slot
     protocol.set_connection(new)
     cache = new._stmt_cache
     cache._on_remove = partial(cache._on_remove.func, ref(new))
