@@ -9,8 +9,15 @@ import importlib
 from inspect import iscoroutinefunction
 from typing import Any, Final
 
+from penstock._drivers.private import UnsupportedLibrary, refuse_unsupported
 from penstock.errors import ConfigError, help_line
 
+#: Library -> the module here that has its versions and its private names.
+_PRIVATE: Final = {
+    "psycopg": "psycopg3_private",
+    "psycopg2": "psycopg2_private",
+    "asyncpg": "asyncpg_private",
+}
 #: Name -> (module here, what must be installed, the extra that brings it).
 _KNOWN: Final = {
     "psycopg": ("psycopg3", "psycopg", "psycopg-binary"),
@@ -23,7 +30,7 @@ _KNOWN_ASYNC: Final = {
 
 
 class DriverNotFoundError(ImportError):
-    """The driver's library is not installed, or there is no driver of that name."""
+    """The driver's library is not installed, or not one that it can work with, or there is no such driver."""
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{help_line('docs/errors/driver-not-found-error.md')}"
@@ -50,14 +57,19 @@ def load(name: str, *, asynchronous: bool = False) -> Any:
     """Import the driver of that name: for threads and gevent, or for asyncio.
 
     Raises:
-        DriverNotFoundError: with the names that exist, or the extra to install.
+        DriverNotFoundError: with the names that exist, the extra to install, or the versions that are supported.
     """
     drivers, others = (_KNOWN_ASYNC, _KNOWN) if asynchronous else (_KNOWN, _KNOWN_ASYNC)
     if name not in drivers:
         raise DriverNotFoundError(_no_driver(name, sorted(drivers), other=name in others))
     module, library, extra = drivers[name]
     try:
+        # First: a module that meets a library it does not know could fail in any way.
+        private = importlib.import_module(f"penstock._drivers.{_PRIVATE[library]}")
+        refuse_unsupported(private.LIBRARY)
         return importlib.import_module(f"penstock._drivers.{module}").driver
+    except UnsupportedLibrary as error:
+        raise DriverNotFoundError(f"driver {name!r} {error}") from None
     except ImportError as error:
         raise DriverNotFoundError(
             f"driver {name!r} needs {library}, which cannot be imported ({error}); "

@@ -1,4 +1,4 @@
-"""The driver for psycopg2 (2.9 and newer): it opens links, and knows what an error means.
+"""The driver for psycopg2 (2.9.5 and newer): it opens links, and knows what an error means.
 
 It must not know: pools, slots, leases, waiters, limits.
 """

@@ -1,0 +1,70 @@
+"""Every option of a pool, on every runtime and driver, over the oldest libraries that pyproject.toml allows.
+
+In an environment of its own, which is made here and thrown away.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from penstock._drivers import asyncpg_private, psycopg2_private, psycopg3_private
+
+if TYPE_CHECKING:
+    from penstock.launcher import Server
+
+ROOT = Path(__file__).parents[2]
+WANTED = [
+    f"psycopg[binary]=={psycopg3_private.LIBRARY.least}",
+    f"psycopg2-binary=={psycopg2_private.LIBRARY.least}",
+    f"asyncpg=={asyncpg_private.LIBRARY.least}",
+    "gevent==23.9.*",
+]
+#: What pip says where there is no index, or none that has these for this interpreter.
+NO_WHEEL = re.compile("No matching distribution|Could not find a version|connection broken|Errno")
+
+PROGRAM = Path(__file__).with_name("every_option.py")
+
+
+def run(*command: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter with the oldest libraries."""
+    folder = tmp_path_factory.mktemp("lowest")
+    venv.create(folder, with_pip=True)
+    found = folder / "bin" / "python"
+    pip = [found, "-m", "pip", "install", "--quiet", "--only-binary", ":all:"]
+    done = run(*pip, "--disable-pip-version-check", *WANTED)
+    if done.returncode and NO_WHEEL.search(done.stderr):
+        pytest.skip(f"pip finds no wheels of these for Python {sys.version.split()[0]}: {WANTED}")
+    assert not done.returncode, done.stderr
+    return found
+
+
+@pytest.mark.parametrize("runtime", ["threads", "gevent", "asyncio"])
+def test_every_option_works(python: Path, server: Server, runtime: str) -> None:
+    done = run(python, PROGRAM, runtime, server.conninfo(over="tcp"))
+    assert done.stdout == "fine\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("runtime", ["threads", "gevent", "asyncio"])
+def test_every_option_works_with_the_libraries_of_today(server: Server, runtime: str) -> None:
+    done = run(sys.executable, PROGRAM, runtime, server.conninfo(over="tcp"))
+    assert done.stdout == "fine\n", done.stdout + done.stderr
