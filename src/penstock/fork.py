@@ -29,6 +29,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Protocol
 
+from penstock import hub
 from penstock.lock import Lock
 
 if TYPE_CHECKING:
@@ -254,9 +255,10 @@ def noticed() -> None:
     if failures:
         # There was no hook, so a lock of logging's may be held for ever by a thread that is not
         # here: only this thread would hang on it.
-        threading.Thread(
+        reports = threading.Thread(
             target=_report_all, args=(failures,), name="penstock-fork-report", daemon=True
-        ).start()
+        )
+        hub.start_aside(reports.start)
 
 
 class _Turn:

@@ -18,7 +18,7 @@ import queue
 import sys
 import threading
 from _queue import SimpleQueue  # the native one, whatever is patched
-from _thread import _local
+from _thread import _local, start_new_thread
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from penstock import lock
@@ -79,6 +79,10 @@ class Ways(Protocol):
 class _Thread(threading.Thread):
     """A daemon thread that knows itself."""
 
+    def start(self) -> None:
+        """Start it, where no signal strikes."""
+        start_aside(super().start)
+
     def run(self) -> None:
         """Run the target."""
         _here.runner = self
@@ -86,6 +90,35 @@ class _Thread(threading.Thread):
             super().run()
         finally:
             _drop_hub()
+
+
+def start_aside(start: Callable[[], object]) -> None:
+    """Call a thread's `start` where no signal strikes: in a thread of its own.
+
+    From CPython 3.14 on (see lock.py) a signal's exception in `threading.Thread.start` can leave one of
+    that module's locks held, which belongs to all threads of the process: none could start any more.
+    Signals strike the main thread only. This waits, as `start` does, until the thread runs.
+
+    Raises:
+        RuntimeError: no thread can be started.
+    """
+    if sys.version_info < (3, 14) or is_green():
+        start()
+        return
+    answer: SimpleQueue[BaseException | None] = SimpleQueue()
+    start_new_thread(_start, (start, answer))
+    error = answer.get()
+    if error is not None:
+        raise error
+
+
+def _start(start: Callable[[], object], answer: SimpleQueue[BaseException | None]) -> None:
+    error = None
+    try:
+        start()
+    except BaseException as failure:  # noqa: BLE001  for the caller
+        error = failure
+    answer.put(error)
 
 
 class Threads:

@@ -305,7 +305,7 @@ class Watch:
             return
         self._run = run = _Run(self)
         try:
-            run.thread.start()
+            hub.start_aside(run.thread.start)
         except RuntimeError:  # the interpreter is ending, or no thread is to be had
             _log.warning("the watcher's thread cannot start; trying again at the next connection")
 

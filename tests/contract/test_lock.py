@@ -16,6 +16,7 @@ from functools import partial
 
 import pytest
 
+from penstock import hub
 from penstock import lock as locks
 from penstock.lock import Lock
 from tests.contract.interrupting import NoTripwire, Tripwire, unmonitor
@@ -240,3 +241,29 @@ def test_taking_it_costs_no_call_where_the_interpreter_protects_a_with():
 def test_releasing_it_is_one_call_of_c_which_no_signal_divides():
     assert Lock.__exit__ is RLock.__exit__
     assert Lock.release is RLock.release
+
+
+# -- the threads of ours, which threading's locks start --------------------------------------------
+
+
+def test_a_thread_is_started_where_no_signal_strikes():
+    """From 3.14 on `Thread.start` can be struck with a lock of threading's held; before it cannot."""
+    started_in = []
+    hub.start_aside(lambda: started_in.append(threading.get_ident()))
+    assert (started_in != [threading.get_ident()]) == (sys.version_info >= (3, 14))
+
+
+def test_a_thread_that_cannot_be_started_is_told():
+    def start():
+        raise RuntimeError("can't start new thread")
+
+    with pytest.raises(RuntimeError, match="can't start"):
+        hub.start_aside(start)
+
+
+def test_a_thread_of_ours_runs_when_its_start_returns():
+    over = threading.Event()
+    runner = hub.Threads().runner(over.wait, "penstock-test")
+    runner.start()
+    assert runner.is_alive()
+    over.set()

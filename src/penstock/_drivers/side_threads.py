@@ -18,6 +18,7 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from penstock import hub
 from penstock.lock import Lock
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ class SideThreads:
 
     def _start(self) -> None:
         try:
-            threading.Thread(target=self._work, name="penstock-aside", daemon=True).start()
+            thread = threading.Thread(target=self._work, name="penstock-aside", daemon=True)
+            hub.start_aside(thread.start)
         except BaseException:  # there is no thread to be had; the queue keeps nothing of us
             with self._lock:
                 self._threads -= 1
