@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from penstock._drivers import load
 from penstock.errors import (
     ConfigError,
     Counts,
@@ -314,6 +315,79 @@ def test_errors_survive_pickling_and_copying(
         assert str(again) == str(error)
         assert again.__notes__ == ["seen in worker 3"]
         assert again.pool == "shop"
+
+
+def every_error_class() -> list[type[PenstockError]]:
+    """Ours, wherever they are defined, but for those that were made with a driver's."""
+    found: list[type[PenstockError]] = [PenstockError]
+    for each in found:  # it grows
+        found += [
+            one
+            for one in each.__subclasses__()
+            if one.__module__.partition(".")[0] == "penstock" and not hasattr(one, "_flavour_of")
+        ]
+    return list(dict.fromkeys(found))
+
+
+def test_the_errors_that_are_tried_here_are_all_that_there_are() -> None:
+    assert set(every_error_class()) == {PenstockError, *(base for base, _ in ALL)}
+
+
+class DriversWrapper(Exception):
+    """What Django's database wrapper and others put in the place of an error: `Other(*e.args)`."""
+
+
+@pytest.mark.parametrize("flavour", [None, FakeDriver(), AwkwardDriver()])
+@pytest.mark.parametrize(("base", "arguments"), [*ALL, (PenstockError, {})])
+def test_what_copies_an_error_by_its_args_has_the_text(
+    base: type[PenstockError], arguments: dict[str, Any], flavour: ErrorSource | None
+) -> None:
+    error = (base if flavour is None else flavoured(base, flavour))(pool="shop", **arguments)
+    assert error.args == (str(error),)
+    assert str(DriversWrapper(*error.args)) == str(error)
+    again = type(error)(*error.args)  # as Celery does, out of JSON
+    assert type(again) is type(error)
+    copies = [again, copy.copy(again), copy.deepcopy(error), pickle.loads(pickle.dumps(again))]
+    for one in copies:
+        assert (str(one), repr(one), one.args) == (str(error), repr(error), error.args)
+
+
+@pytest.mark.parametrize("module", ["psycopg", "psycopg2", "asyncpg"])
+def test_args_have_the_text_with_each_drivers_own_errors(module: str) -> None:
+    pytest.importorskip(module)
+    driver = load(module, asynchronous=module == "asyncpg")
+    for base, arguments in ALL:
+        error = flavoured(base, driver)(pool="shop", **arguments)
+        assert error.args == (str(error),)
+        again = type(error)(*error.args)
+        for one in (again, copy.deepcopy(error), pickle.loads(pickle.dumps(again))):
+            assert (type(one), str(one), one.args) == (type(error), str(error), error.args)
+
+
+def test_args_that_somebody_has_changed_are_the_text() -> None:
+    error = PoolTimeout(pool="shop", counts=FULL)
+    error.args = (f"job 7: {error.args[0]}",)
+    for one in (error, copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert str(one).startswith("job 7: no connection free at once")
+        assert one.counts == FULL
+
+
+def test_a_figure_that_changes_afterwards_changes_args_too() -> None:
+    error = PoolTimeout(pool="shop", timeout=0.0, counts=FULL)
+    error.timeout = 3.0
+    assert "within 3.0 s" in error.args[0]
+
+
+def test_a_cause_that_stays_behind_is_named_all_the_same() -> None:
+    error = ServerUnavailable(pool="shop")
+    error.__cause__ = FakeOperationalError("hunter2")
+    for one in (copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
+        assert str(one) == str(error)
+        assert "last error: FakeOperationalError\n" in str(one)
+
+
+def test_args_hold_no_statement() -> None:
+    assert "hunter2" not in repr(PoolTimeout(holders=[REPORT], counts=FULL).args)
 
 
 class OwnTimeout(PoolTimeout):

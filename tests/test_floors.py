@@ -21,7 +21,18 @@ ROOT = Path(__file__).parent.parent / "src"
 # Every module, or the package it is in, by floor; a module imports from its own floor or below.
 FLOORS = (
     {"_machine"},
-    {"_drivers", "config", "errors", "events", "clock", "hub", "greenlets", "result", "redacted"}
+    {
+        "_drivers",
+        "config",
+        "errors",
+        "next_steps",
+        "events",
+        "clock",
+        "hub",
+        "greenlets",
+        "result",
+        "redacted",
+    }
     | {"secret", "fork", "frames", "lock", "stacks"}
     | {"conninfo", "sections", "inifile", "tomlfile", "settings", "sources"},
     {

@@ -1,7 +1,8 @@
 """The error tree: each error says whose fault it is, with what figures, and what to do next.
 
 An error carries figures, not text: `__str__` writes the text when somebody reads it, so that an
-error that is caught and retried costs nothing more. No text holds a password, a conninfo or a
+error that is caught and retried costs nothing more. So does `args`, by which wrappers and loggers
+copy errors; an error that is made of such a text shows it as it is. No text holds a password, a conninfo or a
 statement.
 
 It must not know: pools, runtimes, the machine. It looks at nothing but what it was given, except
@@ -17,6 +18,14 @@ import sys
 import types
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from penstock.next_steps import (
+    STEP_OWN,
+    step_on_a_loop,
+    step_when_down,
+    step_when_full,
+    step_when_locked,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,10 +148,15 @@ class ErrorSource(Protocol):
     interface_error: type[Exception]
 
 
+#: Where `BaseException` keeps its arguments; empty for an error that writes its own text.
+_ARGS: Any = BaseException.__dict__["args"]
+
+
 class PenstockError(Exception):
     """What every error of penstock is.
 
     Args:
+        text: the whole text, for what copies errors by ``type(error)(*error.args)``; else it is written.
         pool: name of the pool, or None where there is none.
 
     Attributes:
@@ -156,11 +170,26 @@ class PenstockError(Exception):
     #: Where the documentation explains this class; tests/docs holds that the page exists.
     _page: ClassVar[str] = "docs/errors.md"
 
-    def __init__(self, *, pool: str | None = None) -> None:
+    def __init__(self, text: str | None = None, /, *, pool: str | None = None) -> None:
         _start_bases(self)
         self.pool = pool
+        if text is not None:
+            self.args = (text,)
+
+    if not TYPE_CHECKING:  # where it is a variable of `BaseException`
+
+        @property
+        def args(self) -> tuple[Any, ...]:
+            """The text, as other exceptions have it, for what copies errors by it."""
+            return _ARGS.__get__(self) or (str(self),)
+
+        @args.setter
+        def args(self, given: Any) -> None:
+            _ARGS.__set__(self, given)
 
     def __str__(self) -> str:
+        if _ARGS.__get__(self):
+            return Exception.__str__(self)
         return f"{self._text()}\n{help_line(self._page)}"
 
     def _text(self) -> str:
@@ -170,8 +199,15 @@ class PenstockError(Exception):
         return f"<{type(self).__name__}: {str(self).partition(chr(10))[0]}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
+        return _revive, (*_origin(type(self)), self._kept())
+
+    def _kept(self) -> dict[str, Any]:
+        """What travels: the figures, and the text where it was given as such."""
         kept = {*self._fields, "__notes__"}
-        return _revive, (*_origin(type(self)), {k: v for k, v in vars(self).items() if k in kept})
+        state = {key: value for key, value in vars(self).items() if key in kept}
+        if given := _ARGS.__get__(self):
+            state["args"] = given
+        return state
 
 
 class PoolTimeout(PenstockError):  # noqa: N818  a word users know
@@ -203,6 +239,8 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
 
     def __init__(
         self,
+        text: str | None = None,
+        /,
         *,
         pool: str | None = None,
         timeout: float = 0.0,
@@ -213,7 +251,7 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
         loop: str = "",
         locked_by: Holder | None = None,
     ) -> None:
-        super().__init__(pool=pool)
+        super().__init__(text, pool=pool)
         self.timeout = timeout
         self.waited = waited
         self.counts = counts or Counts()
@@ -241,13 +279,13 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
 
     def _step(self) -> str:
         if self.locked_by is not None:
-            return _step_when_locked(self.locked_by)
+            return step_when_locked(self.locked_by)
         full = self.counts.in_use >= self.counts.max_size
         if full and self.loop:
             return step_on_a_loop(self.loop)
         if full and self.own:
             return STEP_OWN
-        return _step_when_full(self.counts, self.holders)
+        return step_when_full(self.counts, self.holders)
 
 
 class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
@@ -289,6 +327,8 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
 
     def __init__(
         self,
+        text: str | None = None,
+        /,
         *,
         pool: str | None = None,
         attempts: int = 1,
@@ -300,7 +340,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
         counts: Counts | None = None,
         next_step: str | None = None,
     ) -> None:
-        super().__init__(pool=pool)
+        super().__init__(text, pool=pool)
         self.attempts = attempts
         self.down_seconds = down_seconds
         self.waited = waited
@@ -322,17 +362,25 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
             (
                 first,
                 f"  {'last error' if self.attempts else 'no error'}: {self._last()}",
-                f"  next step: {self.next_step or _step_when_down(self.sqlstate)}",
+                f"  next step: {self.next_step or step_when_down(self.sqlstate)}",
             )
         )
 
+    def _kept(self) -> dict[str, Any]:
+        # The cause stays behind, and the text names its class.
+        return {**super()._kept(), "reason": self._why()}
+
     def _last(self) -> str:
+        text = self._why()
+        return f"{text} (SQLSTATE {self.sqlstate})" if self.sqlstate else text
+
+    def _why(self) -> str:
         # A driver's own text can quote pieces of a password (libpq does, for a conninfo that it
         # cannot parse): without a diagnosis only the class is named; the cause has the rest.
         text = self.reason
         if text is None:
             text = "unknown" if self.__cause__ is None else type(self.__cause__).__name__
-        return f"{text} (SQLSTATE {self.sqlstate})" if self.sqlstate else text
+        return text
 
 
 class StatementTimeout(PenstockError):  # noqa: N818  as its siblings
@@ -350,8 +398,10 @@ class StatementTimeout(PenstockError):  # noqa: N818  as its siblings
     _fields = ("pool", "seconds")
     _page = "docs/errors/statement-timeout.md"
 
-    def __init__(self, *, pool: str | None = None, seconds: float = 0.0) -> None:
-        super().__init__(pool=pool)
+    def __init__(
+        self, text: str | None = None, /, *, pool: str | None = None, seconds: float = 0.0
+    ) -> None:
+        super().__init__(text, pool=pool)
         self.seconds = seconds
 
     def _text(self) -> str:
@@ -380,9 +430,15 @@ class TooManyRequests(PenstockError):  # noqa: N818  a word users know
     _page = "docs/errors/too-many-requests.md"
 
     def __init__(
-        self, *, pool: str | None = None, max_waiting: int = 0, counts: Counts | None = None
+        self,
+        text: str | None = None,
+        /,
+        *,
+        pool: str | None = None,
+        max_waiting: int = 0,
+        counts: Counts | None = None,
     ) -> None:
-        super().__init__(pool=pool)
+        super().__init__(text, pool=pool)
         self.max_waiting = max_waiting
         self.counts = counts or Counts()
 
@@ -407,8 +463,15 @@ class PoolClosed(PenstockError):  # noqa: N818  a word users know
     _fields = ("pool", "closed_seconds")
     _page = "docs/errors/pool-closed.md"
 
-    def __init__(self, *, pool: str | None = None, closed_seconds: float | None = None) -> None:
-        super().__init__(pool=pool)
+    def __init__(
+        self,
+        text: str | None = None,
+        /,
+        *,
+        pool: str | None = None,
+        closed_seconds: float | None = None,
+    ) -> None:
+        super().__init__(text, pool=pool)
         self.closed_seconds = closed_seconds
 
     def _text(self) -> str:
@@ -445,7 +508,7 @@ class MisuseError(PenstockError):
         where: str | None = None,
         next_step: str | None = None,
     ) -> None:
-        super().__init__(pool=pool)
+        super().__init__(_whole(what), pool=pool)
         self.what = what
         self.where = where
         self.next_step = next_step
@@ -492,7 +555,7 @@ class ConfigError(PenstockError, ValueError):
         file: str | None = None,
         line: int | None = None,
     ) -> None:
-        super().__init__(pool=pool)
+        super().__init__(_whole(key), pool=pool)
         self.key = key
         self.given = given
         self.allowed = allowed
@@ -598,7 +661,7 @@ def _start_bases(error: PenstockError) -> None:
         super(PenstockError, error).__init__()
     except TypeError:
         _start_bases_with_text(error)
-    error.args = ()
+    _ARGS.__set__(error, ())
 
 
 def _start_bases_with_text(error: PenstockError) -> None:
@@ -629,6 +692,7 @@ def _revive(
         cls = _flavour_again(base, driver, module, parent)
     error = cls.__new__(cls)
     _start_bases(error)
+    error.args = state.pop("args", ())
     vars(error).update(state)
     return error
 
@@ -682,6 +746,11 @@ def help_line(page: str) -> str:
     return f"  help: penstock's {page}"
 
 
+def _whole(text: str) -> str | None:
+    """A text that was an error's already, since its last line says so; else None."""
+    return text if f"\n{help_line('docs/')}" in text else None
+
+
 def _pool(name: str | None) -> str:
     return "a pool" if name is None else f"pool {name!r}"
 
@@ -702,76 +771,3 @@ def _figures(counts: Counts) -> str:
     parts += [f"{counts.pinging} being pinged"] if counts.pinging else []
     parts += [f"{counts.closing} being closed"] if counts.closing else []
     return ", ".join(parts)
-
-
-def _step_when_locked(holder: Holder) -> str:
-    if holder.file is None:
-        return "restart this process: the thread that has the lock was ended by force"
-    return (
-        "let no signal handler, __del__ or debugger wait there: it runs in the middle of a move of the "
-        "pool, which waits for it; set a flag instead"
-    )
-
-
-def _step_when_full(counts: Counts, holders: Sequence[Holder]) -> str:
-    if counts.in_use < counts.max_size:
-        if counts.opening:
-            return (
-                "opening takes longer than this borrower waits: look at the network and the "
-                "server's load, raise timeout, or open ahead with a larger min_size"
-            )
-        return "the server answers slowly: look at its load and at the network, or raise timeout"
-    if any((holder.activity or "").startswith("idle in") for holder in holders):
-        return (
-            "end transactions before slow work that needs no database (the places are above); "
-            "else raise max_size or timeout"
-        )
-    return "give connections back sooner (the longest first), or raise max_size or timeout"
-
-
-#: Where a borrower holds what it waits for.
-STEP_OWN = "use the connection that it has, or give it back first, or raise max_size"
-
-
-def step_on_a_loop(loop: str) -> str:
-    """Where a pool that blocks is used on an event loop."""
-    if loop == "asyncio":
-        return "use AsyncConnectionPool in `async def`, or call this pool by asyncio.to_thread()"
-    return f"call this pool in a thread: {loop}.to_thread.run_sync()"
-
-
-# Next steps by SQLSTATE, https://www.postgresql.org/docs/current/errcodes-appendix.html
-_STEPS = {
-    "28P01": "check user and password: conninfo, PGPASSWORD, ~/.pgpass; a token may have expired",
-    "28000": "check that the role exists and may log in, and that pg_hba.conf lets this host in",
-    "3D000": "check dbname: the server has no such database (createdb makes one)",
-    "42501": "GRANT CONNECT on the database to this user",
-    "53300": (
-        "the server is at max_connections (or the role or database at its CONNECTION LIMIT): "
-        "lower max_size times the number of workers, or raise the limit"
-    ),
-    "57P01": "the server is being shut down or restarted: the pool comes back by itself",
-    "57P02": "the server crashed and is recovering: the pool comes back by itself; read its log",
-    "57P03": "the server is starting or stopping: the pool comes back by itself",
-    "57P05": "idle_session_timeout ended the session while it was opened: raise it",
-    "0A000": "server or pooler refused a start-up option: look at options= in conninfo",
-    "22023": "the server refused a parameter's value: look at options= in conninfo",
-    "42704": "the server knows no such parameter: look at options= in conninfo",
-}
-_STEP_UNREACHABLE = (
-    "check that the server runs and that host and port are right and reachable from here; the "
-    "pool goes on trying"
-)
-
-STEP_SILENT = (
-    "look from here, by psql: if it hangs, too, that host or its server process is frozen or stopped, or "
-    "a firewall drops packets; if not, raise connect_timeout or timeout; the pool goes on trying"
-)
-
-
-def _step_when_down(sqlstate: str | None) -> str:
-    if sqlstate is None or sqlstate.startswith("08"):
-        return _STEP_UNREACHABLE
-    if sqlstate.startswith("28"):
-        return _STEPS.get(sqlstate, _STEPS["28000"])
-    return _STEPS.get(sqlstate, "look this SQLSTATE up in the server's log")

@@ -18,8 +18,6 @@ from penstock._machine.machine import Machine, Phase, Refusal
 from penstock._machine.slot import SlotState
 from penstock.clock import clock
 from penstock.errors import (
-    STEP_OWN,
-    STEP_SILENT,
     Counts,
     Hold,
     Holder,
@@ -31,8 +29,8 @@ from penstock.errors import (
     ServerUnavailable,
     TooManyRequests,
     flavoured,
-    step_on_a_loop,
 )
+from penstock.next_steps import STEP_OWN, STEP_SILENT, step_on_a_loop
 from penstock.stacks import holder_report, seen
 
 if TYPE_CHECKING:
