@@ -27,6 +27,7 @@ _CANCEL: Final = "a request to cancel that the pool makes itself"
 def _owners() -> Mapping[str, Any]:
     return {
         "Connection": connection.Connection,
+        "_Atomic": getattr(connection, "_Atomic", None),
         "_StatementCache": getattr(connection, "_StatementCache", None),
         "_ConnectionParameters": getattr(connect_utils, "_ConnectionParameters", None),
         "Protocol": protocol.Protocol,
@@ -50,6 +51,7 @@ LIBRARY: Final = Library(
             "_aborted": _END,
             **dict.fromkeys(("_abort", "_cleanup", "_mark_stmts_as_closed"), _END),
             "_pool_release_ctr": "has a returned connection's cursors and statements raise",
+            "_pool_holder": "tells that a connection is another pool's",
             "_top_xact": "tells that a transaction is open",
             "_stmt_exclusive_section": "tells that a statement is under way",
             **dict.fromkeys(("_listeners", "_log_listeners", "_termination_listeners"), _LISTENERS),
@@ -64,6 +66,7 @@ LIBRARY: Final = Library(
             **dict.fromkeys(("_drop_local_type_cache", "_drop_global_type_cache"), "the cache of types"),
             "_drop_global_statement_cache": _CACHE,
         },
+        "_Atomic": {"_acquired": "tells that a statement is under way"},
         "_StatementCache": {"_on_remove": "has guard=True's new object close the old one's statements"},
         "_ConnectionParameters": dict.fromkeys(("database", "sslmode", "ssl"), _CANCEL),
         "Protocol": {
