@@ -462,6 +462,28 @@ def a_server_that_says_nothing_stops_no_other_greenlet(bench, _pool):
     assert len(ticks) > 2
 
 
+def a_connect_of_a_tracers_stops_no_other_greenlet(bench, pool):
+    import importlib
+
+    library = importlib.import_module(bench.driver)
+    place = library.Connection if bench.driver == "psycopg" else library
+    plain, called = vars(place)["connect"], []
+
+    def traced(*args, **options):
+        called.append(1)
+        return (plain.__func__ if bench.driver == "psycopg" else plain)(*args, **options)
+
+    place.connect = classmethod(traced) if bench.driver == "psycopg" else traced
+    try:
+        a_server_that_says_nothing_stops_no_other_greenlet(bench, pool)
+        assert called
+        traced_pool = bench.make(max_size=2)
+        with traced_pool.connection() as conn:
+            bench.ask(conn, "select 1")
+    finally:
+        place.connect = plain
+
+
 def a_slow_name_look_up_stops_no_other_greenlet(bench, _pool):
     import gevent
 

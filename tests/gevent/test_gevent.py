@@ -24,6 +24,7 @@ ONCE = (
     scenes.borrowing_in_the_hub_is_refused_at_once,
     scenes.a_deadline_of_the_users_code_is_kept,
     scenes.a_slow_name_look_up_stops_no_other_greenlet,
+    scenes.a_connect_of_a_tracers_stops_no_other_greenlet,
     scenes.greenlets_killed_at_any_moment_lose_nothing,
 )
 
