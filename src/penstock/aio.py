@@ -22,6 +22,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast, overload
 
 from penstock import _drivers, fork, loops, watch
+from penstock._machine.hanging import CONNECT_SECONDS
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
 from penstock._machine.slot import SlotState
 from penstock.async_borrowing import AsyncBorrowing
@@ -32,7 +33,6 @@ from penstock.async_upkeep import let_go_of_all, orphaned
 from penstock.borrowing import FOREVER, notice_fork
 from penstock.clock import clock
 from penstock.config import PoolConfig
-from penstock.opening import CONNECT_SECONDS
 from penstock.result import Result
 from penstock.secret import Hidden
 from penstock.statement_limit import limit_of

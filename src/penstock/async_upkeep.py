@@ -27,17 +27,26 @@ from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock import loops, watch
-from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TickAt
+from penstock._machine.hanging import BRIEF_SECONDS, CONNECT_SECONDS
+from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TakeBack, TickAt
 from penstock._machine.slot import Reason, Slot, SlotRef
 from penstock.async_opening import called
 from penstock.clock import clock
-from penstock.opening import BRIEF_SECONDS, CONNECT_SECONDS, Failure, SameAgain
+from penstock.opening import (
+    DIAGNOSE_SECONDS,
+    DRIVER_GRACE,
+    Failure,
+    SameAgain,
+    explain_hanging,
+    go_on,
+)
 from penstock.upkeep import LONGEST_SLEEP
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine
     from weakref import ref
 
+    from penstock._machine.hanging import Progress
     from penstock._machine.machine import Machine
     from penstock.async_opening import AsyncOpener
     from penstock.config import PoolConfig
@@ -78,6 +87,7 @@ class AsyncUpkeep:
         self._orphans: deque[SlotRef] = deque()
         self._onlookers: list[Callable[[], object]] = []
         self._connecting = asyncio.Semaphore(CONNECT_CONCURRENCY)
+        self._turns: set[Progress | None] = set()  # of those that it has let in
 
     # -- its loop ---------------------------------------------------------------------------------
 
@@ -92,6 +102,7 @@ class AsyncUpkeep:
             self._loop = loop
             self._thread = get_ident()
             self._connecting = asyncio.Semaphore(CONNECT_CONCURRENCY)
+            self._turns = set()
             self._end = loops.at_end(partial(_loop_ends, self._home))
         elif self._loop is not loop:
             raise self._of_another_loop(self._loop)
@@ -194,6 +205,8 @@ class AsyncUpkeep:
         match order:
             case Open(slot, if_changed):
                 self._begin_to_open(slot, if_changed=if_changed)
+            case TakeBack(slot):
+                self._take_back(slot)
             case Close():
                 self._close(order)
             case TickAt(when):
@@ -286,13 +299,14 @@ class AsyncUpkeep:
         link = None
         slot_ref = place[0].ref
         brief = place[0].brief
+        progress = place[0].progress
         seconds = min(BRIEF_SECONDS, CONNECT_SECONDS) if brief else CONNECT_SECONDS
         try:
-            await self._connecting.acquire()
+            await self._turn(progress)
             try:  # no `async with`: its end is a coroutine, which an interrupt can keep from beginning
-                link = await self._opener.open(seconds, if_changed=if_changed)
+                link = await self._opener.open(seconds, if_changed=if_changed, progress=progress)
             finally:
-                self._connecting.release()
+                self._end_turn(progress)
             self._watch(link, slot_ref)
             outage = self._machine.outage
             orders = self._machine.opened(place.pop(), link, clock())
@@ -314,9 +328,42 @@ class AsyncUpkeep:
         if outage is not None:
             _log.warning("pool %r: connections can be opened again", self.name)
 
+    async def _turn(self, progress: Progress | None) -> None:
+        await self._connecting.acquire()
+        self._turns.add(progress)
+
+    def _end_turn(self, progress: Progress | None) -> None:
+        """Let another one connect; repeatable, since one that hangs has its turn ended for it."""
+        if progress in self._turns:
+            self._turns.discard(progress)
+            self._connecting.release()
+
+    def _take_back(self, slot: Slot) -> None:
+        """This opening has had all its time; a coroutine that goes on after a cancellation, say."""
+        progress = slot.progress
+        if progress is None:
+            return  # it was opened just now
+        failure = explain_hanging(progress)
+        before = self._machine.outage
+        orders = self._machine.take_back(slot, failure, clock())
+        if self._machine.has(slot):
+            return  # it has come to its next part just now
+        self._end_turn(progress)
+        self._carry_out(orders)
+        self._tell_onlookers()
+        if before is None or before.error.text != failure.text:
+            _log.warning("pool %r: cannot open a connection: %s", self.name, failure.text)
+
     async def _open_failed(
         self, place: list[Slot], error: BaseException, *, may_change: bool
     ) -> None:
+        progress = place[0].progress
+        if not self._machine.has(place[0]):  # its right was taken back
+            self._carry_out(self._machine.failed_late(place.pop(), clock()))
+            return
+        if progress is not None:
+            progress.found = self._opener.explain_at_once(error)
+            go_on(progress, None, DIAGNOSE_SECONDS + DRIVER_GRACE)
         try:
             failure = await self._explain(error)
         except BaseException:

@@ -13,8 +13,10 @@ import queue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from penstock import hub
+from penstock._machine.hanging import CONNECT_SECONDS, Progress
 from penstock.borrowing import notice_fork
-from penstock.opening import CONNECT_SECONDS, Failure
+from penstock.clock import clock
+from penstock.opening import Failure, explain_hanging
 from penstock.two_ends import InTurns, entered_twice, leave_behind, refuse_to_leave
 from penstock.upkeep import prepare_drivers
 
@@ -34,6 +36,7 @@ class Opening:
     def __init__(self, opener: Opener, seconds: float) -> None:
         self._opener = opener
         self._seconds = min(seconds, 1e9)
+        self._progress = Progress(clock(), self._seconds)
         self._answer = hub.gate()
         self._lock = hub.Lock()
         self._given_up = False
@@ -42,7 +45,8 @@ class Opening:
         """In a worker."""
         prepare_drivers()
         try:
-            answer = self._opener.open(min(self._seconds, CONNECT_SECONDS))
+            seconds = min(self._seconds, CONNECT_SECONDS)
+            answer = self._opener.open(seconds, progress=self._progress)
         except BaseException as error:  # noqa: BLE001  handed to whoever waits
             answer = self._opener.explain(error)
         with self._lock:
@@ -62,13 +66,15 @@ class Opening:
             raise
         if answer is None:
             answer = self._give_up()
+        if answer is None and self._progress.doing is not None:
+            answer = explain_hanging(self._progress)
         if answer is None or not hasattr(answer, "lend"):
             raise reporter.not_opened(answer, self._seconds)
         return answer
 
     def _give_up(self) -> Any:
         with self._lock:
-            self._given_up = True
+            self._given_up = self._progress.taken_back = True
             try:
                 return self._answer.get(False)
             except queue.Empty:

@@ -80,6 +80,8 @@ STEP_SILENT = (
     "a firewall drops packets; if not, raise connect_timeout or timeout; the pool goes on trying"
 )
 
+STEP_HANGS = "give what that callable waits for a timeout of its own (3 s); the pool calls it again"
+
 
 def step_when_down(sqlstate: str | None) -> str:
     """Where no connection could be opened, by the server's code."""

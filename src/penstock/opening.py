@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from penstock._drivers.adopting import ConnectRaised, NotAdopted
 from penstock._drivers.protocol import Activity, Diagnosis, Recipe
+from penstock._machine.hanging import CONNECT_SECONDS, Progress
 from penstock.alarm import Alarm
 from penstock.clock import clock
 from penstock.config import application_name
 from penstock.conninfo import Wrong, read
 from penstock.errors import ConfigError
 from penstock.frames import place_noted, without_frames
+from penstock.next_steps import STEP_HANGS
 from penstock.secret import Hidden, Secret, lifted
 
 if TYPE_CHECKING:
@@ -46,16 +48,11 @@ KEEPALIVE: Final = {
     "tcp_user_timeout": 60000,
 }
 
-#: How long one attempt may take, in seconds, unless the user gave connect_timeout. It outlives the
-#: borrower who caused it, so that a slow server can be reached by impatient borrowers.
-CONNECT_SECONDS: Final = 10.0
-
-#: The same for one that is tried beside others that are not answered (`Slot.brief`): one of those has the
-#: whole time, so that a server that takes longer than this is reached all the same.
-BRIEF_SECONDS: Final = 3.0
-
 #: How long the attempt that diagnoses may take. A server that refuses does so in milliseconds.
 DIAGNOSE_SECONDS: Final = 2.0
+
+#: What a driver's deadline may be late by, in seconds: libpq counts in whole ones, and 2 at least per address.
+DRIVER_GRACE: Final = 2.0
 
 #: No part of a host's name or a port, and often of a password that was not escaped, or of settings.
 _UNSHOWN: Final = set("@=; \"'")
@@ -126,13 +123,17 @@ class Opener:
         # What the last attempt was made with, to be compared with the next, and to be diagnosed.
         self._tried: Hidden[tuple[Recipe, Files] | None] = Hidden(None)
 
-    def recipe(self) -> Recipe:
-        """What the next connect is made from."""
-        config = self._config
-        return self.recipe_of(
-            Hidden(config.conninfo() if callable(config.conninfo) else config.conninfo),
-            Hidden(config.kwargs() if callable(config.kwargs) else config.kwargs),
-        )
+    def recipe(self, progress: Progress | None = None) -> Recipe:
+        """What the next connect is made from; `progress` says which callable is running."""
+        config, given = self._config, {}
+        for name in ("conninfo", "kwargs"):
+            value = Hidden(getattr(config, name))
+            if callable(value.value):
+                if progress is not None:
+                    progress.doing = callable_named(name, value.value)
+                value = Hidden(value.value())
+            given[name] = value
+        return self.recipe_of(given["conninfo"], given["kwargs"])
 
     def recipe_of(self, conninfo: Hidden[str], kwargs: Hidden[Mapping[str, Any] | None]) -> Recipe:
         """The recipe for what the user's callables returned, or what stands in their place."""
@@ -160,22 +161,43 @@ class Opener:
         found._limit = None  # noqa: SLF001  its own
         return found
 
-    def open(self, seconds: float = CONNECT_SECONDS, *, if_changed: bool = False) -> Any:
+    def open(
+        self,
+        seconds: float = CONNECT_SECONDS,
+        *,
+        if_changed: bool = False,
+        progress: Progress | None = None,
+    ) -> Any:
         """Open and configure a link. It comes back parked, idle and remembered as it is.
+
+        `progress` is told of each part, and how long it may take; it ends the work once nobody wants it.
 
         Raises:
             SameAgain: `if_changed`, and it would be made with what the last attempt was made with.
+            NotWanted: what `progress` waits for was given up meanwhile.
             Exception: the driver's, or what a callable of the user raised. Nothing is left open.
         """
         began = clock()
-        link = self._driver.open(self.begin(self._called_recipe(), if_changed=if_changed), seconds)
+        progress = progress or Progress(began, seconds)
+        go_on(progress, None, seconds)
+        recipe = self.begin(self._called_recipe(progress), if_changed=if_changed)
+        go_on(progress, None, seconds + DRIVER_GRACE)
+        link = self._driver.open(recipe, seconds)
         self.let_in()
         try:
-            self._configure_within(link, max(DIAGNOSE_SECONDS, began + seconds - clock()))
+            left = max(DIAGNOSE_SECONDS, began + seconds - clock())
+            go_on(progress, self.configuring(), left)
+            self._configure_within(link, left)
         except BaseException:
             link.close()
             raise
+        progress.doing = None
         return link
+
+    def configuring(self) -> str | None:
+        """What the user's `configure` is called; None: there is none."""
+        configure = self._config.configure
+        return None if configure is None else callable_named("configure", configure)
 
     def begin(self, recipe: Recipe, *, if_changed: bool) -> Recipe:
         """Note what is going to be tried; gives it back.
@@ -199,20 +221,18 @@ class Opener:
         found = self._tried.value
         return None if found is None else found[0]
 
-    def _called_recipe(self) -> Recipe:
-        """The recipe; a bug in a callable of the user is told from a server that is down."""
+    def _called_recipe(self, progress: Progress) -> Recipe:
+        """The recipe; what a callable of the user raises is told from a server that is down."""
         try:
-            return self.recipe()
-        except OSError:
-            raise  # a token service that is down, say: it may be up later
+            return self.recipe(progress)
         except Exception as error:
-            raise RecipeError("conninfo= or kwargs= raised") from error
+            raise recipe_raised(progress) from error
 
     def _configure_within(self, link: Any, seconds: float) -> None:
         with Alarm(link, seconds) as alarm:
             self._configure(link)
         if alarm.rang:
-            raise ConfigureError("configure= took longer than a connect may")
+            raise NotReturned(self.configuring(), seconds)
 
     def _configure(self, link: Any) -> None:
         configure = self._config.configure
@@ -251,10 +271,15 @@ class Opener:
         without_frames(error)  # they would keep the pool, and what it holds, alive
         if isinstance(error, ConfigureError):
             return self._explain_configure(error)
+        if isinstance(error, NotReturned):
+            return _not_returned(error)
         if isinstance(error, RecipeError):
             cause = error.__cause__ or error
-            text = f"{error}: {one_line(cause)}"
-            return Failure(cause, heals=False, sqlstate=None, text=text, next_step=_STEP_RECIPE)
+            heals = isinstance(
+                cause, OSError
+            )  # a token service that is down, say: it may be up later
+            step = _STEP_SOURCE if heals else _STEP_RECIPE
+            return Failure(cause, heals, None, f"{error}: {one_line(cause)}", step)
         if isinstance(error, ConnectRaised):
             cause = error.__cause__ or error
             text = f"{error}: {one_line(cause)}"
@@ -269,6 +294,10 @@ class Opener:
             return Failure(error, heals=False, sqlstate=None, text=text, next_step=_STEP_BUG)
         remembered = self._known.get(_key(error))
         return None if remembered is None else _failure(error, remembered)
+
+    def explain_at_once(self, error: BaseException) -> Failure:
+        """What is known without asking anybody."""
+        return self.known(error) or _failure(error, undiagnosed(error))
 
     def remember(self, error: BaseException, diagnosis: Diagnosis) -> Failure:
         """What the driver found out about `error`; the same words again need no second attempt."""
@@ -314,6 +343,47 @@ class Opener:
 
 class SameAgain(Exception):  # noqa: N818  it is what was found
     """What would be tried is what was tried, and refused."""
+
+
+class NotWanted(Exception):  # noqa: N818  it is what was found
+    """The right to this connection was taken back: it took too long."""
+
+
+class NotReturned(Exception):  # noqa: N818  it is what happened
+    """Something that was called has not come back: a callable of the user's, or the driver.
+
+    Attributes:
+        doing: which callable; None: the driver.
+        seconds: for how long.
+    """
+
+    def __init__(self, doing: str | None, seconds: float) -> None:
+        super().__init__(doing, seconds)
+        self.doing, self.seconds = doing, seconds
+
+    def __str__(self) -> str:
+        return f"{self.doing or 'connecting'} has not returned for {self.seconds:.1f} s"
+
+
+def go_on(progress: Progress, doing: str | None, seconds: float) -> None:
+    """The next part begins, and may take `seconds`; raises NotWanted where the right was taken back."""
+    if progress.taken_back:
+        raise NotWanted
+    progress.comes_to(doing, clock(), seconds)
+
+
+def explain_hanging(progress: Progress) -> Failure:
+    """Why an opening that has had all its time has not come to its end."""
+    found = progress.found
+    if isinstance(found, Failure):  # it failed, and finding out more hangs
+        return found
+    return _not_returned(NotReturned(progress.doing, clock() - progress.since))
+
+
+def _not_returned(error: NotReturned) -> Failure:
+    # It heals: what it waits for may answer the next call.
+    step = STEP_HANGS if error.doing else _STEP_NAMES
+    return Failure(error, heals=True, sqlstate=None, text=str(error), next_step=step)
 
 
 def stamps_of(recipe: Recipe) -> Files:
@@ -450,6 +520,13 @@ _STEP_BUG: Final = (
     "it is a mistake in the program or in a library, not the server's: look at the place above, at kwargs= and at "
     "the classes given to the pool (connection_class=, cursor_factory=)"
 )
+_STEP_SOURCE: Final = (
+    "look at what that callable asks; the pool goes on calling it, and has not asked the server"
+)
+_STEP_NAMES: Final = (
+    "look whether the host's name can be looked up from here; the driver has no time limit for that; "
+    "the pool goes on trying"
+)
 _STEP_RECIPE: Final = "look at the callable given as conninfo= or kwargs=: it must return them"
 
 
@@ -470,7 +547,17 @@ def _call_configure(configure: Callable[[Any], object], conn: Any) -> None:
 
 def configure_raised(configure: Callable[[Any], object]) -> ConfigureError:
     """What to raise from the error of the user's `configure`."""
-    return ConfigureError(f"configure={_name_of(configure)} raised")
+    return ConfigureError(f"{callable_named('configure', configure)} raised")
+
+
+def recipe_raised(progress: Progress) -> RecipeError:
+    """What to raise from the error of the user's `conninfo` or `kwargs`."""
+    return RecipeError(f"{progress.doing or 'conninfo= or kwargs='} raised")
+
+
+def callable_named(option: str, call: Any) -> str:
+    """How errors name a callable of the user's: the option, and the callable's own name."""
+    return f"{option}={_name_of(call)}"
 
 
 def _name_of(call: Any) -> str:

@@ -30,12 +30,13 @@ from penstock.errors import (
     TooManyRequests,
     flavoured,
 )
-from penstock.next_steps import STEP_OWN, STEP_SILENT, step_on_a_loop
+from penstock.next_steps import STEP_HANGS, STEP_OWN, STEP_SILENT, step_on_a_loop
 from penstock.stacks import holder_report, seen
 
 if TYPE_CHECKING:
     from types import FrameType
 
+    from penstock._machine.hanging import Progress
     from penstock._machine.outage import Outage
     from penstock._machine.slot import Slot
     from penstock.opening import Failure
@@ -127,7 +128,10 @@ class Reporter:
             return Health(live=True, ready=alive > 0, why=why, since=now - outage.since)
         silent = machine.silent_since(now)
         if silent is not None:
+            hanging = self._hanging()
             why = f"the server has not answered for {now - silent:.1f} s"
+            if hanging is not None:
+                why = f"{hanging.doing} has not returned for {now - hanging.since:.1f} s"
             return Health(live=True, ready=False, why=why, since=now - silent)
         if not alive and not machine.tally.opened:
             return Health(live=True, ready=True, why="no connection opened yet", since=since)
@@ -247,18 +251,30 @@ class Reporter:
         return error
 
     def _silent(self, since: float, waited: float, where: str | None) -> PenstockError:
-        """Nothing was refused, and nothing answered."""
+        """Nothing was refused, and nothing answered: the server, or a callable of the program's own."""
         counts = self.counts()
         under_way = f"{counts.opening} being opened, {counts.pinging} being pinged"
+        reason, step = f"{where or 'the server'} neither answers nor refuses", STEP_SILENT
+        hanging = self._hanging()
+        if hanging is not None:
+            reason = f"{hanging.doing} has not returned for {clock() - hanging.since:.1f} s"
+            step = STEP_HANGS
         return self._make(
             ServerUnavailable,
             attempts=0,
             down_seconds=clock() - since,
             waited=waited,
-            reason=f"{where or 'the server'} neither answers nor refuses ({under_way})",
-            next_step=STEP_SILENT,
+            reason=f"{reason} ({under_way})",
+            next_step=step,
             counts=counts,
         )
+
+    def _hanging(self) -> Progress | None:
+        """The oldest connect under way, if it is in a callable of the user's and not at the server."""
+        slots = [each for each in self._machine.slots() if each.state is SlotState.OPENING]
+        oldest = min(slots, key=lambda each: each.opened_at, default=None)
+        progress = None if oldest is None else oldest.progress
+        return None if progress is None or progress.doing is None else progress
 
     def not_opened(self, failure: Failure | None, waited: float) -> PenstockError:
         """A connection outside the pool could not be opened; `failure` None: not in time."""

@@ -17,11 +17,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 from penstock import hub, keeper, watch
 from penstock._drivers import green
-from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TickAt
+from penstock._machine.hanging import BRIEF_SECONDS, CONNECT_SECONDS
+from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TakeBack, TickAt
 from penstock._machine.slot import Reason, Slot, SlotRef
 from penstock.clock import clock
 from penstock.errors import PenstockError, PoolTimeout
-from penstock.opening import BRIEF_SECONDS, CONNECT_SECONDS, Failure, SameAgain
+from penstock.opening import (
+    DIAGNOSE_SECONDS,
+    DRIVER_GRACE,
+    Failure,
+    NotWanted,
+    SameAgain,
+    explain_hanging,
+    go_on,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -159,6 +168,8 @@ class Upkeep:
         match order:
             case Open(slot, if_changed):
                 keeper.current().submit(partial(self._open_slot, [slot], if_changed=if_changed))
+            case TakeBack(slot):
+                self._take_back(slot)
             case Close():
                 close(partial(self._close_slot, order))
             case TickAt(when):
@@ -178,14 +189,16 @@ class Upkeep:
         prepare_drivers()
         try:
             seconds = min(BRIEF_SECONDS, CONNECT_SECONDS) if slot.brief else CONNECT_SECONDS
-            link = self._opener.open(seconds, if_changed=if_changed)
+            link = self._opener.open(seconds, if_changed=if_changed, progress=slot.progress)
             _watch(link, slot.ref)
         except SameAgain:
             self._unchanged(slot)
             return
         except BaseException as error:  # noqa: BLE001  also a SystemExit of a user's callable
-            if self._machine.has(slot):  # else it is the parent's, and this a forked child
+            if self._machine.has(slot):
                 self._open_failed(slot, error, may_change=not if_changed)
+            else:  # its right was taken back; or it is the parent's, and this a forked child
+                self._failed_late(slot)
             return
         with self._lock:
             outage = self._machine.outage
@@ -202,7 +215,36 @@ class Upkeep:
         self._carry_out(orders)
         self._tell_onlookers()
 
+    def _failed_late(self, slot: Slot) -> None:
+        with self._lock:
+            orders = self._machine.failed_late(slot, clock())
+        self._carry_out(orders)
+
+    def _take_back(self, slot: Slot) -> None:
+        """In the keeper, mostly: this opening has had all its time."""
+        if slot.progress is None:
+            return  # it was opened just now
+        failure = explain_hanging(slot.progress)
+        with self._lock:
+            before = self._machine.outage
+            orders = self._machine.take_back(slot, failure, clock())
+        if self._machine.has(slot):
+            return  # it has come to its next part just now
+        self._carry_out(orders)
+        self._tell_onlookers()
+        if before is None or before.error.text != failure.text:
+            # In a worker: a log handler may block, or use this very pool.
+            keeper.current().submit(partial(_warn_unreachable, self.name, failure))
+
     def _open_failed(self, slot: Slot, error: BaseException, *, may_change: bool) -> None:
+        if slot.progress is not None:
+            slot.progress.found = self._opener.explain_at_once(error)
+        try:
+            if slot.progress is not None:
+                go_on(slot.progress, None, DIAGNOSE_SECONDS + DRIVER_GRACE)
+        except NotWanted:
+            self._failed_late(slot)
+            return
         failure = self._opener.explain(error)
         del error
         may_change = may_change and self._opener.may_change()

@@ -56,6 +56,15 @@ server.mode = Mode.HANGING
 pool.open()
 until(lambda: server.connects > 0)
 """,
+    "a callable that does not come back": """
+called = threading.Event()
+def token():
+    called.set()
+    threading.Event().wait()
+other = ConnectionPool(token, driver=FakeDriver(server))
+other.open()
+called.wait()
+""",
     "waiters in daemon threads": """
 leases = [pool.connection() for _ in range(2)]
 for lease in leases:

@@ -59,7 +59,7 @@ def test_who_waits_for_what_another_thread_will_put_back_is_served(pool):
 def test_a_dedicated_connection_that_nobody_waits_for_any_more_is_closed():
     closed = []
     link = SimpleNamespace(lend=None, close=lambda: closed.append(True))
-    opener: Any = SimpleNamespace(open=lambda _seconds: link)
+    opener: Any = SimpleNamespace(open=lambda _seconds, progress: link)
     opening = Opening(opener, 0.0)
     reporter: Any = SimpleNamespace(not_opened=lambda _answer, _seconds: TimeoutError())
     with pytest.raises(TimeoutError):

@@ -242,9 +242,9 @@ def test_a_token_service_that_does_not_answer_keeps_no_connection_opening_for_ev
     )
 
     async def use():
-        with pytest.raises(ServerUnavailable, match="took longer than a connect may"):
+        with pytest.raises(ServerUnavailable, match=f"{option}=.*token has not returned for"):
             await pool.execute("select 1")
-        with pytest.raises(ServerUnavailable, match="took longer than a connect may"):
+        with pytest.raises(ServerUnavailable, match=f"{option}=.*token has not returned for"):
             async with pool.dedicated():
                 pass
         is_hanging.clear()

@@ -24,7 +24,7 @@ from penstock._machine.machine import (
     Verdict,
     Waiter,
 )
-from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TickAt
+from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TakeBack, TickAt
 from penstock._machine.pace import AFTER, FIRST_WAVE, WAVE_EVERY
 from penstock._machine.silence import PROBES, RESERVE, patience
 from penstock._machine.slot import Reason, Slot, SlotRef, SlotState
@@ -97,6 +97,7 @@ class World:
         self.inherited: list[FakeLink] = []  # the parent's, after a fork
         self.abandoned: list[FakeLink] = []  # those of them that the machine knew of
         self.left: list[Waiter] = []  # who gave up may live on: in a traceback that somebody keeps
+        self.late: list[FakeLink] = []  # of an opening whose right was taken back: never to be lent
         self.spoiled: list[FakeLink] = []  # given back broken or unclean: never to be lent again
         self.doubtful: list[FakeLink] = []  # in doubt: not to be lent without a ping
         self.outdated: list[FakeLink] = []  # of before a drain: not to be lent any more
@@ -149,6 +150,7 @@ class World:
         if slot.link not in self.inherited:
             assert self.machine.has(slot), "a slot that is not the pool's was lent"
         assert slot.link not in self.spoiled, "a connection was lent that was given back unusable"
+        assert slot.link not in self.late, "what came after its right was taken back was lent"
         slot.link.lend()
         self.leases.append(Lease(slot))
         self.borrowed += 1
@@ -290,6 +292,7 @@ class World:
                 "a forked child ended its parent's session"
             )
         elif order.discard:
+            assert link not in self.late, "what came late was not closed politely"
             link.discard()
         else:
             assert link.user is None, "a connection in use was closed"
@@ -304,9 +307,14 @@ class World:
         known = self.machine.has(slot)
         if isinstance(result, FakeLink):
             self.opened += known
+            if slot.ref is not None and self.machine.hanging.has(slot.ref):
+                self.late.append(result)
             self._take_on(self.machine.opened(slot, result, self.now))
             return
         assert result is not None
+        if slot.progress is not None and slot.progress.taken_back and not known:
+            self._take_on(self.machine.failed_late(slot, self.now))
+            return
         said = self.driver.diagnose(result, Recipe(), 1.0)
         if if_changed and not said.heals:  # refused before, and it would be the same again
             self._take_on(self.machine.unchanged(slot, self.now))
@@ -356,6 +364,9 @@ class World:
         spare = self._connected() - self.machine.limits.min_size
         orders = self.machine.tick(self.now)
         self._take_on(orders)
+        slots = [slot for ref in self.machine.opening.values() if (slot := ref()) is not None]
+        kept = [slot for slot in slots if slot.progress and self.now >= slot.progress.until]
+        assert not kept, "an opening that does not end keeps its right"
         assert all(when > self.now for when in self.alarms), "the keeper would spin"
         shrunk = [o for o in orders if isinstance(o, Close) and o.reason is Reason.SHRUNK]
         assert len(shrunk) <= max(spare, 0), "shrunk below min_size"
@@ -463,6 +474,8 @@ class World:
             if isinstance(order, Open | Close):
                 self.flights.append(Flight(order))
                 opens += isinstance(order, Open)
+            elif isinstance(order, TakeBack):
+                self._take_back(order.slot)
             elif isinstance(order, TickAt):
                 self.alarms = [min([order.when, *self.alarms])]  # as the keeper does
             elif isinstance(order, Overdue):
@@ -474,6 +487,18 @@ class World:
             assert len(self._awake()) == 1, "more than one probe in an outage"
             assert self._brief() <= PROBES, "too many probes that are not answered"
         self._check_gifts()
+
+    def _take_back(self, slot: Slot) -> None:
+        """An opening has had all its time; its worker, whose flight goes on, may come later or never."""
+        progress = slot.progress
+        assert progress is not None and self.now >= progress.until
+        current = slot.generation == self.machine.generation
+        self.open_failures += current and self.machine.phase is Phase.OPEN
+        error = FakeError("it hangs")
+        orders = self.machine.take_back(slot, error, self.now)
+        assert progress.taken_back and not self.machine.has(slot)
+        assert self.machine.take_back(slot, error, self.now) == []
+        self._take_on(orders)
 
     def _check_gifts(self) -> None:
         """What was given in this step was fit to be given, and to whoever was first in line."""
@@ -606,7 +631,8 @@ class World:
         if self._brief() >= PROBES:
             return
         assert self.alarms, "an unready pool that is asked about is not tried again"
-        assert min(self.alarms) <= max(outage.next_for_asked, self.now), "nor in time"
+        due = max(outage.next_for_asked, machine.hanging.next_at(), self.now)
+        assert min(self.alarms) <= due, "nor in time"
 
     def _check_nobody_waits_for_nothing(self, waiting: int) -> None:
         machine = self.machine
@@ -627,12 +653,12 @@ class World:
             return  # one at a time, beside those that are not answered
         if machine.outage is not None:
             if not awake:
-                due = max(machine.outage.next_for_waiters, self.now)
+                due = max(machine.outage.next_for_waiters, machine.hanging.next_at(), self.now)
                 assert self.alarms, "nobody will try again"
                 assert min(self.alarms) <= due, "nobody will try again in time"
         elif self._nothing_was_answered():
             assert self.alarms, "nobody will try beside those that are not answered"
-            assert min(self.alarms) <= self.now, "nor in time"
+            assert min(self.alarms) <= max(self.now, machine.hanging.next_at()), "nor in time"
         else:
             self._check_that_it_is_held_back()
 
@@ -660,7 +686,14 @@ class World:
     def _check_that_it_is_held_back(self) -> None:
         """Somebody waits and there is room for one more: for one connect's time at most, from the first on."""
         machine = self.machine
+        beside = machine.hanging.next_at()
+        if self.now < beside:
+            assert self.alarms, "nobody will try again beside what hangs"
+            assert min(self.alarms) <= beside, "nor in time"
+            return
         assert machine.refs, "somebody waits, nothing can come back, and nothing is opened"
+        if self.dropped:
+            return  # whoever brings that home looks
         assert self.alarms, "nobody will look whether one more is wanted"
         bound = machine.pace.served
         if bound is None:

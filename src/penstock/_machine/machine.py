@@ -50,7 +50,8 @@ Outages. While the server cannot be reached there is an `Outage`. Then one probi
 pool, not one per waiter, spaced by `policy.retry_delay`. A failure that cannot heal (wrong password)
 refuses everybody who waits, at once. A connect that is not answered holds nobody up for longer than
 `silence.patience`: while somebody waits another one is tried beside it, outage or not, with little time
-(`Slot.brief`), a few at most. What such a one says after others were answered is no news.
+(`Slot.brief`), a few at most. What such a one says after others were answered is no news. An opening whose
+worker does not come back has its right taken back (`take_back`); what that worker brings later is closed.
 """
 
 from __future__ import annotations
@@ -62,12 +63,21 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 from .asked import Asked
-from .orders import Close, Open, Order, Overdue, ReportOutage, TickAt
+from .hanging import BRIEF_SECONDS, CONNECT_SECONDS, Hanging, Progress
+from .orders import Close, Open, Order, Overdue, ReportOutage, TakeBack, TickAt
 from .outage import Outage
 from .pace import FIRST_WAVE, Pace
 from .policy import Limits, retire_at
 from .schedule import CONNECTED, due_times
-from .silence import PROBES, RESERVE, Silence, patience, silent_since
+from .silence import (
+    LONG_ONE_OF,
+    PROBES,
+    RESERVE,
+    TIMES_USUAL,
+    Silence,
+    patience,
+    silent_since,
+)
 from .slot import Move, Reason, Slot, SlotRef, SlotState, refer_to
 from .tally import Stats, Tally, snapshot
 from .waiter import Refusal, Waiter
@@ -134,6 +144,7 @@ class Machine:
         "asked",
         "epoch",
         "generation",
+        "hanging",
         "home",
         "idle",
         "limits",
@@ -186,6 +197,7 @@ class Machine:
         self.replaced_at = -NEVER  # when all were, since types had changed
         self.pace = Pace()
         self.asked = Asked()
+        self.hanging = Hanging()
         self.armed = float("inf")
         self.tally = Tally()
 
@@ -329,11 +341,17 @@ class Machine:
         """The answer to `Open`: here is the link."""
         orders: list[Order] = []
         ref = slot.ref
+        late = self.hanging.came(ref, now)
         if ref is None or not self.has(slot):
             slot.link = link
-            slot.state = SlotState.CLOSING  # forked or forgotten meanwhile: only its link counts
-            return [Close(slot, Reason.DRAINED, discard=True)]
+            slot.state = SlotState.CLOSING  # forked, forgotten or too late: only its link counts
+            reason = Reason.LATE if late else Reason.DRAINED
+            if ref is not None and late:
+                ref.link = link
+                self.hanging.closing[ref.serial] = ref
+            return [Close(slot, reason, discard=not late), *self.look_again(now)]
         self.opening.pop(ref.serial, None)
+        slot.progress = None
         ref.link = link
         slot.link = link
         self.tally.connection_opened(now - slot.opened_at)
@@ -365,14 +383,49 @@ class Machine:
         `may_change`: it would be tried with something else once the user's callable, or a file, says so. To be
         false after an attempt that was ordered `if_changed`: answers that are new each time are no news.
         """
+        self.hanging.came(slot.ref, now)
         current = self.has(slot) and slot.generation == self.generation
         self._forget(slot)
         slot.move(Move.OPEN_FAILED)
-        if not current or self.phase is not Phase.OPEN:
-            return self.look_again(now)  # it says nothing of the server as it is now
+        orders: list[Order] = []
+        if current and self.phase is Phase.OPEN:  # else it says nothing of the server as it is now
+            self._note_failure(
+                slot, error, now, orders, heals=heals, sqlstate=sqlstate, may_change=may_change
+            )
+        return orders + self.look_again(now)
+
+    def take_back(self, slot: Slot, error: Any, now: float) -> list[Order]:
+        """The answer to `TakeBack`: what the opening hangs at. Its right is free; what it brings later is closed.
+
+        Repeatable; nothing happens where its worker has come, or come to the next part, meanwhile.
+        """
+        ref, progress = slot.ref, slot.progress
+        if ref is None or progress is None or not self.has(slot) or now < progress.until:
+            return []
+        self.hanging.add(ref, slot.opened_at)
+        self.opening.pop(ref.serial, None)
+        self.refs.pop(ref.serial, None)  # the commit point
+        progress.taken_back = True
+        orders: list[Order] = []
+        if slot.generation == self.generation and self.phase is Phase.OPEN:
+            self._note_failure(slot, error, now, orders, heals=True, sqlstate=None)
+        return orders + self.look_again(now)
+
+    def _note_failure(
+        self,
+        slot: Slot,
+        error: Any,
+        now: float,
+        orders: list[Order],
+        *,
+        heals: bool,
+        sqlstate: str | None,
+        may_change: bool = False,
+    ) -> None:
+        """This slot could not be opened: what that says of the server."""
         self.tally.open_failures += 1
         if slot.opened_at < self.answered_at and now >= self._silent_from(slot):
-            return self.look_again(now)  # left to itself, and others were answered since
+            return  # left to itself, and others were answered since
         outage = self.outage or Outage(now)
         outage.note(
             error,
@@ -385,12 +438,16 @@ class Machine:
         self.outage = outage  # complete: reports read it without the lock
         if not heals and not self._connected():
             self._refuse_all(Refusal.UNREACHABLE, now)
-        orders: list[Order] = []
         self._report_outage(now, orders)
-        return orders + self.look_again(now)
+
+    def failed_late(self, slot: Slot, now: float) -> list[Order]:
+        """The worker of an opening whose right was taken back has come, with nothing."""
+        self.hanging.came(slot.ref, now)
+        return self.look_again(now)
 
     def unchanged(self, slot: Slot, now: float) -> list[Order]:
         """The answer to `Open` with `if_changed`: it would be tried with what was refused."""
+        self.hanging.came(slot.ref, now)
         current = self.has(slot) and slot.generation == self.generation
         self._forget(slot)
         slot.move(Move.OPEN_FAILED)
@@ -406,6 +463,8 @@ class Machine:
         ref = slot.ref
         if ref is not None and self.has(slot):
             self.tally.connection_closed(reason.value, ref.borrows)
+        elif ref is not None:
+            self.hanging.forget(ref)
         self._forget(slot)
         slot.move(Move.CLOSED)
         return self.look_again(now)
@@ -415,6 +474,7 @@ class Machine:
 
         Its connection is discarded and replaced, never lent again: somebody may still hold it.
         """
+        self.hanging.forget(ref)
         if self.refs.get(ref.serial) is not ref:
             return []  # brought home before, or of before a fork
         self.opening.pop(ref.serial, None)
@@ -500,7 +560,7 @@ class Machine:
 
     def inherited(self) -> list[tuple[Any, bool]]:
         """In a forked child: the parent's links, and whether each was in use at the fork."""
-        refs = list(self.refs.values())
+        refs = [*self.refs.values(), *self.hanging.closing.values()]
         return [(ref.link, _busy(ref)) for ref in refs if ref.link is not None]
 
     def forked(self) -> None:
@@ -518,6 +578,7 @@ class Machine:
         self.armed = float("inf")
         self._audit(now)
         self._end_old(now, orders)
+        self._take_back_all(now, orders)
         self._warn_overdue(now, orders)
         self._report_outage(now, orders)
         orders += self.look_again(now)
@@ -724,11 +785,14 @@ class Machine:
             serial = self.serials = self.serials + 1
             slot = Slot(generation=self.generation, epoch=self.epoch, now=now)
             slot.brief = self._is_brief(now)
+            slot.progress = Progress(now, BRIEF_SECONDS if slot.brief else CONNECT_SECONDS)
+            self.hanging.begins(now)
             ref = refer_to(slot, serial, self.orphans, self.home)
             self.refs[ref.serial] = ref
             self.opening[ref.serial] = ref
             outage = self.outage
             orders.append(Open(slot, if_changed=outage is not None and outage.asks(now)))
+            self._arm_for(slot.progress.until, now, orders)
         self._look_later(now, orders)
 
     def _look_later(self, now: float, orders: list[Order]) -> None:
@@ -746,19 +810,21 @@ class Machine:
     def _should_open(self, now: float, orders: list[Order]) -> bool:
         if not self._may_grow(now):
             return False
-        outage = self.outage
-        if outage is None:
-            return True
-        if self._under_way(now):
+        if self.outage is not None and self._under_way(now):
             return False  # one probe at a time
-        due = self._due_in_outage(outage, now)
+        due = self._next_attempt(now)
         if now >= due:
             return True
         orders.append(TickAt(due))
         return False
 
-    def _due_in_outage(self, outage: Outage, now: float) -> float:
-        return outage.due(waited_for=bool(self.waiters), asked=self.asked.lately(now))
+    def _next_attempt(self, now: float) -> float:
+        """Not before this, in an outage and beside openings that hang; else in the past."""
+        beside, outage = self.hanging.next_at(), self.outage
+        if outage is None:
+            return beside
+        due = outage.due(waited_for=bool(self.waiters), asked=self.asked.lately(now))
+        return max(beside, due)
 
     def _may_open(self) -> bool:
         return self.phase is Phase.OPEN and len(self.refs) < self.limits.max_size
@@ -828,7 +894,17 @@ class Machine:
     def _is_brief(self, now: float) -> bool:
         """Whether what is opened now is tried beside one that has the whole time and is not answered."""
         silence = self._general_silence(now)
-        return silence is not None and silence.patient
+        if silence is not None:
+            return silence.patient
+        if TIMES_USUAL * self.tally.usual_opening() > BRIEF_SECONDS:
+            return False  # slow as a rule
+        if self.limits.max_size == 1:
+            failures = 0 if self.outage is None else self.outage.failures
+            return failures % LONG_ONE_OF != LONG_ONE_OF - 1
+        # A small pool has no rights to keep for later: those come back soon.
+        slots = [slot for ref in list(self.opening.values()) if (slot := ref()) is not None]
+        patient = sum(not slot.brief for slot in slots)
+        return patient >= max(1, self.limits.max_size - RESERVE)
 
     def _next_silent(self, now: float) -> float:
         """When the next of the connects under way is left to itself; infinite: none will be."""
@@ -963,6 +1039,18 @@ class Machine:
         if self.phase is Phase.CLOSED:
             self._refuse_all(Refusal.CLOSED, now)
 
+    def _take_back_all(self, now: float, orders: list[Order]) -> None:
+        for ref in list(self.opening.values()):
+            slot = ref()
+            if slot is not None and slot.progress is not None and now >= slot.progress.until:
+                orders.append(TakeBack(slot))
+
+    def _next_to_take_back(self, now: float) -> float:
+        """When the next right is; one that is due may have been lost to an interrupt, with its order."""
+        slots = [slot for ref in list(self.opening.values()) if (slot := ref()) is not None]
+        until = [slot.progress.until for slot in slots if slot.progress is not None]
+        return min((when if when > now else now + LOOK_ONCE_MORE for when in until), default=NEVER)
+
     def _warn_overdue(self, now: float, orders: list[Order]) -> None:
         for slot in self.slots():
             # Compared as `_due_times` computes it, so that no tick comes a rounding error early.
@@ -981,9 +1069,10 @@ class Machine:
     def _next_due(self, now: float) -> float:
         shrinkable = self._connected() > self.limits.min_size
         due = min(due_times(self.slots(), self.limits, now, shrinkable=shrinkable), default=NEVER)
-        outage = self.outage
-        if outage is not None and not self._under_way(now) and self._may_grow(now):
-            return min(due, self._due_in_outage(outage, now))
+        due = min(due, self._next_to_take_back(now))
+        hindered = self.outage is not None or len(self.hanging) > 0
+        if hindered and not self._under_way(now) and self._may_grow(now):
+            return min(due, self._next_attempt(now))
         return due
 
     def _arm_for(self, due: float, now: float, orders: list[Order]) -> None:

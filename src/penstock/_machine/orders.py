@@ -29,6 +29,13 @@ class Open:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeBack:
+    """This opening has had all its time: say what it hangs at to `Machine.take_back`, which takes the right back."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """End this slot's connection, then tell `Machine.closed`.
 
@@ -63,4 +70,4 @@ class ReportOutage:
     seconds: float
 
 
-Order = Open | Close | TickAt | Overdue | ReportOutage
+Order = Open | TakeBack | Close | TickAt | Overdue | ReportOutage

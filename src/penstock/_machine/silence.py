@@ -32,8 +32,11 @@ PATIENCE: Final = 1.0
 LONGEST_PATIENCE: Final = 3.0
 #: At most so many are tried beside silent ones at a time.
 PROBES: Final = 4
-#: So many of the pool's rights are kept for them while its first connects are not answered.
+#: So many of the pool's rights are kept for them while its first connects are not answered; in a small pool
+#: connects with little time have them, and give them back soon.
 RESERVE: Final = 3
+#: A pool of one has no right beside: every so manieth attempt has the whole time, the others little.
+LONG_ONE_OF: Final = 4
 
 
 def patience(usual: float) -> float:

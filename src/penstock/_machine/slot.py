@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .hanging import Progress
+
 
 class SlotState(Enum):
     """Where a slot is in its life."""
@@ -49,6 +51,7 @@ class Reason(Enum):
     BROKEN = "broken"  # its borrower gave it back unusable, or closed it
     UNCLEAN = "unclean"  # could not be brought back to a clean state
     UNANSWERED = "ping unanswered"
+    LATE = "late"  # it came after its right had been taken back
     ORPHANED = "orphaned"  # its lease was dropped, by an interrupt or without being given back
     POOL_CLOSED = "pool closed"
 
@@ -113,6 +116,7 @@ class Slot:
         outdated: what its driver has prepared may be of an older schema; whoever is given the slot has it
             forgotten first, as part of the ping.
         brief: it is being opened beside others that are not answered: with little time.
+        progress: how far its opening has come; None once it is open.
         ref: the pool's weak reference to this slot; None once the pool has let go of it.
     """
 
@@ -130,6 +134,7 @@ class Slot:
         "opened_at",
         "outdated",
         "place",
+        "progress",
         "ref",
         "reset_pending",
         "retire_at",
@@ -154,6 +159,7 @@ class Slot:
         self.reset_pending = False
         self.outdated = False
         self.brief = False
+        self.progress: Progress | None = None
         self.ref: SlotRef | None = None
 
     def move(self, move: Move) -> None:

@@ -19,9 +19,10 @@ from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
+from penstock._machine.hanging import CONNECT_SECONDS
 from penstock._machine.slot import Slot, SlotState
 from penstock.clock import clock
-from penstock.opening import CONNECT_SECONDS, Opener
+from penstock.opening import Opener
 from penstock.testing.stand_in import NUMBER, StandIn
 from penstock.threads import ConnectionPool
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
     from penstock._drivers.protocol import Recipe
+    from penstock._machine.hanging import Progress
 
     Pool = ConnectionPool[Any]
 
@@ -140,11 +142,11 @@ class _OpenerAtStandIn(Opener):
         super().__init__(former._config, former._driver, former._name)
         self._session = session
 
-    def recipe(self) -> Recipe:
+    def recipe(self, progress: Progress | None = None) -> Recipe:
         """The pool's own recipe, with another address."""
         from penstock._drivers.psycopg3_connect import driver_options  # noqa: PLC0415
 
-        real = super().recipe()
+        real = super().recipe(progress)
         return dataclasses.replace(
             real,
             conninfo=f"{self._session.stand_in.conninfo} options={_OF_A_POOL}",
@@ -153,9 +155,15 @@ class _OpenerAtStandIn(Opener):
             keepalive={},
         )
 
-    def open(self, seconds: float = CONNECT_SECONDS, *, if_changed: bool = False) -> Any:
+    def open(
+        self,
+        seconds: float = CONNECT_SECONDS,
+        *,
+        if_changed: bool = False,
+        progress: Progress | None = None,
+    ) -> Any:
         """Open a link, and remember which of the stand-in's clients it is."""
-        link = super().open(seconds, if_changed=if_changed)
+        link = super().open(seconds, if_changed=if_changed, progress=progress)
         number = int(link.handle.parameter_status(NUMBER.encode()))
         self._session.links[number] = link
         # psycopg's holds the global lock while it waits for the server, which here is a thread.

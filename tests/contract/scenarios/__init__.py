@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _MODULES = (
     "borrowing",
     "ending",
+    "hanging",
     "life",
     "migrations",
     "misuse",
