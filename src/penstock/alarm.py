@@ -59,7 +59,7 @@ class Alarm:
 
         The keeper never waits here: whoever has the lock is ending the block.
         """
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.take(0):
             return
         try:
             if self._armed:

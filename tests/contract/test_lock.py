@@ -18,6 +18,7 @@ import pytest
 
 from penstock import hub
 from penstock import lock as locks
+from penstock.integrations import loans
 from penstock.lock import Lock
 from tests.contract.interrupting import NoTripwire, Tripwire, unmonitor
 
@@ -267,3 +268,7 @@ def test_a_thread_of_ours_runs_when_its_start_returns():
     runner.start()
     assert runner.is_alive()
     over.set()
+
+
+def test_a_unit_of_work_has_such_a_lock_too():
+    assert type(loans.Loans("GET /")._lock) is Lock
