@@ -123,7 +123,10 @@ def checked(conn: Any, loop: asyncio.AbstractEventLoop) -> Any:
     if real._loop is not loop:
         raise NotAdopted("it is another event loop's", "connect on the loop that uses it")
     watch: Watch | None = real._penstock if is_watching(real) else None
-    if real._pool_holder is not None or (watch is not None and watch.drop is not None):
+    # asyncpg 0.30 knows of a pool only while a connection is lent.
+    if getattr(real, "_pool_holder", real._proxy) is not None or (
+        watch is not None and watch.drop is not None
+    ):
         raise taken()
     if protocol.is_in_transaction() or real._top_xact is not None:
         raise not_at_rest("in a transaction")

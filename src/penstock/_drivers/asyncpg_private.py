@@ -51,7 +51,7 @@ LIBRARY: Final = Library(
             "_aborted": _END,
             **dict.fromkeys(("_abort", "_cleanup", "_mark_stmts_as_closed"), _END),
             "_pool_release_ctr": "has a returned connection's cursors and statements raise",
-            "_pool_holder": "tells that a connection is another pool's",
+            "_proxy": "tells that a connection is another pool's",
             "_top_xact": "tells that a transaction is open",
             "_stmt_exclusive_section": "tells that a statement is under way",
             "_pool_holder": "tells that asyncpg's own pool has the connection",
