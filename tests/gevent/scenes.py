@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from penstock import MisuseError, PoolTimeout, ServerUnavailable
 from tests.gevent.bench import PATIENCE
@@ -466,7 +467,7 @@ def a_connect_of_a_tracers_stops_no_other_greenlet(bench, pool):
     import importlib
 
     library = importlib.import_module(bench.driver)
-    place = library.Connection if bench.driver == "psycopg" else library
+    place: Any = library.Connection if bench.driver == "psycopg" else library
     plain, called = vars(place)["connect"], []
 
     def traced(*args, **options):

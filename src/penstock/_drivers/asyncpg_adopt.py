@@ -55,7 +55,17 @@ def is_librarys(error: BaseException) -> bool:
 
 def shows_statements(conn: Any) -> bool:
     """Whether a statement is to go through the public `fetch`: a tracer or a class has replaced it."""
-    return not is_original(type(conn).fetch, _MODULE)
+    fetch = type(conn).fetch
+    if fetch is _known[0]:  # asked for each statement
+        return False
+    if not is_original(fetch, _MODULE):
+        return True
+    _known[0] = fetch
+    return False
+
+
+#: asyncpg's own `fetch`, once it was seen; None: it was replaced before penstock was imported.
+_known: list[Any] = [None]
 
 
 class Overhearing:

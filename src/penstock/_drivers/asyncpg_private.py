@@ -54,7 +54,6 @@ LIBRARY: Final = Library(
             "_proxy": "tells that a connection is another pool's",
             "_top_xact": "tells that a transaction is open",
             "_stmt_exclusive_section": "tells that a statement is under way",
-            "_pool_holder": "tells that asyncpg's own pool has the connection",
             **dict.fromkeys(("_listeners", "_log_listeners", "_termination_listeners"), _LISTENERS),
             "_query_loggers": _LISTENERS,
             "_execute": "statements of the pool's own",
