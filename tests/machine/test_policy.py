@@ -160,7 +160,7 @@ def test_a_pool_without_min_size_asks_a_server_that_is_down_nothing_while_nobody
 def test_a_quantile_of_waits_counts_those_who_did_not_wait():
     tally = Tally()
     for _ in range(10):
-        tally.wait_ended(0.9)
+        tally.wait_ended(0.9, served=True)
     assert wait_quantile(0.50, 1000, tally.waits) == 0.0
     assert wait_quantile(0.98, 1000, tally.waits) == 0.0
     assert wait_quantile(0.995, 1000, tally.waits) == 1.0
@@ -172,7 +172,7 @@ def test_a_quantile_is_at_most_a_factor_of_two_too_high_and_never_too_low():
     waits = sorted(chance.expovariate(10.0) for _ in range(1000))
     tally = Tally()
     for seconds in waits:
-        tally.wait_ended(seconds)
+        tally.wait_ended(seconds, served=True)
     for share in (0.5, 0.9, 0.99):
         true = waits[int(share * 1000) - 1]
         assert true <= wait_quantile(share, 1000, tally.waits) <= 2 * true
@@ -183,9 +183,9 @@ def test_a_quantile_is_at_most_a_factor_of_two_too_high_and_never_too_low():
 def test_waits_off_both_ends_of_the_histogram_are_counted():
     tally = Tally()
     assert wait_quantile(0.99, 0, tally.waits) == 0.0
-    tally.wait_ended(0.0)
+    tally.wait_ended(0.0, served=True)
     assert wait_quantile(0.99, 1, tally.waits) == WAIT_EDGES[0]
-    tally.wait_ended(1e6)
+    tally.wait_ended(1e6, served=True)
     assert wait_quantile(0.99, 2, tally.waits) == float("inf")
 
 
@@ -198,7 +198,8 @@ def test_stats_tell_what_happened():
     assert stats.longest_waiting == 3.0
     assert stats.open_failures == len(outage.connects) - 2
     assert (stats.opened, stats.queued, stats.borrows) == (2, 2, 0)
-    assert 1.0 <= stats.longest_wait <= 1.5
+    assert 1.0 <= outage.machine.tally.longest_wait <= 1.5
+    assert stats.longest_wait == 3.0  # of the one that still waits
     outage.machine.give_up(outage.waiters[2], 3.0, timed_out=True)
     first, outage.waiters[0].slot = outage.waiters[0].slot, None
     assert first is not None
@@ -206,5 +207,6 @@ def test_stats_tell_what_happened():
     del first
     stats = outage.machine.stats("shop", 3.0)
     assert (stats.timeouts, stats.borrows, stats.idle, stats.in_use) == (1, 1, 1, 1)
+    assert (stats.queued, stats.longest_wait) == (3, 3.0)  # it waited, though in vain
     outage.carry_out(outage.machine.drain(4.0), 4.0)
     assert outage.machine.stats("shop", 4.0).generation == 1

@@ -266,7 +266,8 @@ class Machine:
         """
         if timed_out and waiter.slot is None:
             waiter.silent_since = self.silent_since(now, waiter.unanswered)
-        self.waiters.pop(waiter.ticket, None)
+        if self.waiters.pop(waiter.ticket, None) is not None:
+            self.tally.wait_ended(now - waiter.queued_at, served=False)
         orders: list[Order] = []
         slot = waiter.slot
         if slot is not None:
@@ -699,9 +700,8 @@ class Machine:
     def _let_go(self, waiter: Waiter, now: float) -> None:
         """Wake a waiter who has his slot or his refusal, then take him out of the queue."""
         waiter.wake()
-        if self.waiters.pop(waiter.ticket, None) is not None and waiter.refusal is None:
-            self.tally.queued += 1
-            self.tally.wait_ended(now - waiter.queued_at)
+        if self.waiters.pop(waiter.ticket, None) is not None:
+            self.tally.wait_ended(now - waiter.queued_at, served=waiter.refusal is None)
 
     def _pick(self, now: float, orders: list[Order]) -> Slot | None:
         """A slot for a waiter: a fit one, else one that he has to ping (its state says so)."""

@@ -35,6 +35,7 @@ class Tally:
         "queued",
         "refused",
         "timeouts",
+        "unserved",
         "waited_seconds",
         "waits",
     )
@@ -42,6 +43,7 @@ class Tally:
     def __init__(self) -> None:
         self.borrows_of_gone = 0
         self.queued = 0
+        self.unserved = 0
         self.timeouts = 0
         self.refused = 0
         self.waited_seconds = 0.0
@@ -54,8 +56,10 @@ class Tally:
         self.orphaned = 0
         self.closed: dict[str, int] = {}
 
-    def wait_ended(self, seconds: float) -> None:
-        """Somebody waited this long, and was served."""
+    def wait_ended(self, seconds: float, *, served: bool) -> None:
+        """A borrower waited this long, and was served or not (a timeout, a refusal, given up)."""
+        self.queued += 1
+        self.unserved += not served
         self.waited_seconds += seconds
         self.longest_wait = max(self.longest_wait, seconds)
         self.waits[_bucket(seconds)] += 1
@@ -87,7 +91,7 @@ def _bucket(seconds: float) -> int:
 
 
 def wait_quantile(share: float, borrows: int, waits: list[int]) -> float:
-    """The wait that `share` of all borrows did not exceed, from the histogram; 0.0: no wait.
+    """The wait that `share` of all borrows did not exceed, served or not; 0.0: no wait.
 
     Borrows that found an idle connection count as waits of 0. The result is the upper edge of
     its bucket, so it is at most a factor of two too high.
@@ -122,11 +126,12 @@ class Stats:
         waiting: borrowers in the queue now.
         longest_waiting: how long the first of them has waited.
         borrows: connections lent and given back.
-        queued: borrows that had to wait.
+        queued: borrowers that had to wait and do no more, served or not (a timeout, a refusal).
         waited: the sum of these waits.
-        longest_wait: the longest of them.
-        wait_p50: the wait that half of all borrows did not exceed.
-        wait_p99: the wait that 99 % of all borrows did not exceed.
+        longest_wait: the longest wait of all, of those that go on now, too.
+        wait_p50: the wait that half of all borrowers did not exceed: those that were served at once,
+            those that waited, served or not, and those that wait now.
+        wait_p99: the wait that 99 % of them did not exceed.
         timeouts: borrowers whose timeout passed.
         refused: borrowers refused at once (max_waiting, or a server that cannot be reached).
         opened: connections opened.
@@ -169,6 +174,11 @@ def snapshot(machine: Machine, name: str, now: float) -> Stats:
     """All figures of a machine at one moment."""
     counts, waiting, tally = machine.count(), machine.waiting(), machine.tally
     borrows = machine.borrows()
+    now_waiting = [now - waiter.queued_at for waiter in waiting]
+    waits = list(tally.waits)
+    for seconds in now_waiting:
+        waits[_bucket(seconds)] += 1
+    asked = borrows + tally.unserved + len(waiting)
     return Stats(
         name=name,
         state=machine.phase.value,
@@ -181,13 +191,13 @@ def snapshot(machine: Machine, name: str, now: float) -> Stats:
         closing=counts[SlotState.CLOSING],
         size=sum(counts.values()),
         waiting=len(waiting),
-        longest_waiting=now - waiting[0].queued_at if waiting else 0.0,
+        longest_waiting=now_waiting[0] if waiting else 0.0,
         borrows=borrows,
         queued=tally.queued,
         waited=tally.waited_seconds,
-        longest_wait=tally.longest_wait,
-        wait_p50=wait_quantile(0.50, borrows, tally.waits),
-        wait_p99=wait_quantile(0.99, borrows, tally.waits),
+        longest_wait=max(tally.longest_wait, *now_waiting, 0.0),
+        wait_p50=wait_quantile(0.50, asked, waits),
+        wait_p99=wait_quantile(0.99, asked, waits),
         timeouts=tally.timeouts,
         refused=tally.refused,
         opened=tally.opened,

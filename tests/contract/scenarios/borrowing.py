@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from penstock import MisuseError, PenstockError, PoolTimeout, TooManyRequests
+from penstock import MisuseError, PenstockError, PoolClosed, PoolTimeout, TooManyRequests
 from tests.contract.scenarios import fake_scenario, scenario
 
 
@@ -299,3 +299,40 @@ async def who_gives_back_need_not_be_who_borrowed(w):
 
     assert (await w.spawn(give_back()).join()).error is None
     await w.check_usable(pool)
+
+
+@scenario
+async def waits_that_were_in_vain_are_in_the_figures(w):
+    pool = w.pool(max_size=1)
+    holder = await w.borrow(pool).wait()
+    losers = [w.borrow(pool, 0.3) for _ in range(5)]
+    for loser in losers:
+        assert isinstance((await loser.wait()).error, PoolTimeout)
+    stats = pool.stats()
+    assert (stats.timeouts, stats.queued) == (5, 5 + 1)  # the holder has waited for its opening
+    assert stats.longest_wait >= 0.3
+    assert stats.wait_p50 >= 0.3
+    assert stats.wait_p99 >= 0.3
+    assert stats.waited >= 5 * 0.3
+    await holder.end()
+
+
+@scenario
+async def waits_that_go_on_and_waits_that_end_by_a_refusal_are_in_the_figures(w):
+    pool = w.pool(max_size=1)
+    holder = await w.borrow(pool).wait()
+    waiters = [w.borrow(pool) for _ in range(3)]
+    await w.until(lambda: pool.stats().waiting == 3)
+    await w.until(lambda: pool.stats().longest_waiting > 0.05)
+    stats = pool.stats()
+    assert stats.longest_wait >= 0.05
+    assert stats.wait_p99 >= 0.05
+    assert stats.queued == 1
+    closing = w.spawn(pool.close())
+    for waiter in waiters:
+        assert isinstance((await waiter.wait()).error, PoolClosed)
+    await holder.end()
+    await closing.join()
+    stats = pool.stats()
+    assert (stats.queued, stats.refused, stats.timeouts) == (4, 3, 0)
+    assert stats.longest_wait >= 0.05
