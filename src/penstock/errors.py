@@ -213,7 +213,7 @@ class PenstockError(Exception):
 class PoolTimeout(PenstockError):  # noqa: N818  a word users know
     """The borrower waited as long as it wanted to, and every connection was in use.
 
-    The pool is full or slow, the server is not known to be down (that is `ServerUnavailable`).
+    The pool is full or slow. Where it could have more, and they cannot be opened, it is `ServerUnavailable`.
     The borrower got nothing; no connection was touched.
 
     Args:
@@ -225,6 +225,9 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
         own: those that the borrower itself had, longest first.
         loop: "asyncio" or "trio" if the borrower's thread runs its event loop, which stood still; else "".
         locked_by: who kept the pool's own lock all the time; None: nobody did.
+        sqlstate: the server's code, where connections cannot be opened besides, and it gave one.
+        reason: why they cannot, in one line, free of secrets; None: that is not known.
+        next_step: what to do about that, where the code does not say it.
     """
 
     timeout: float
@@ -234,7 +237,12 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
     own: tuple[OwnHold, ...]
     loop: str
     locked_by: Holder | None
-    _fields = ("pool", "timeout", "waited", "counts", "holders", "own", "loop", "locked_by")
+    reason: str | None
+    next_step: str | None
+    _fields = (
+        *("pool", "timeout", "waited", "counts", "holders", "own", "loop", "locked_by"),
+        *("sqlstate", "reason", "next_step"),
+    )
     _page = "docs/errors/pool-timeout.md"
 
     def __init__(
@@ -250,6 +258,9 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
         own: Sequence[OwnHold] = (),
         loop: str = "",
         locked_by: Holder | None = None,
+        sqlstate: str | None = None,
+        reason: str | None = None,
+        next_step: str | None = None,
     ) -> None:
         super().__init__(text, pool=pool)
         self.timeout = timeout
@@ -259,6 +270,9 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
         self.own = tuple(own)
         self.loop = loop
         self.locked_by = locked_by
+        self.sqlstate = sqlstate
+        self.reason = reason
+        self.next_step = next_step
 
     def _text(self) -> str:
         patience = f"within {self.timeout:.1f} s" if self.timeout else "free at once"
@@ -274,6 +288,10 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
             lines.append(f"  the pool's own lock was not free: {self.locked_by}")
         if self.holders:
             lines.append("  held longest: " + "; ".join(map(str, self.holders)))
+        if self.reason is not None:
+            code = f" (SQLSTATE {self.sqlstate})" if self.sqlstate else ""
+            step = self.next_step or step_when_down(self.sqlstate)
+            lines.append(f"  no connection can be opened: {self.reason}{code}; {step}")
         lines.append(f"  next step: {self._step()}")
         return "\n".join(lines)
 
@@ -303,6 +321,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
         heals: whether trying again later can help.
         counts: what the slots were doing, or None.
         next_step: what to do, where it is not the server's or the network's fault; else None.
+        holders: who had connections meanwhile, longest first; may be cut short.
     """
 
     attempts: int
@@ -312,6 +331,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
     heals: bool
     counts: Counts | None
     next_step: str | None
+    holders: tuple[Holder, ...]
     _fields = (
         "pool",
         "attempts",
@@ -322,6 +342,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
         "heals",
         "counts",
         "next_step",
+        "holders",
     )
     _page = "docs/errors/server-unavailable.md"
 
@@ -339,6 +360,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
         heals: bool = True,
         counts: Counts | None = None,
         next_step: str | None = None,
+        holders: Sequence[Holder] = (),
     ) -> None:
         super().__init__(text, pool=pool)
         self.attempts = attempts
@@ -349,6 +371,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
         self.heals = heals
         self.counts = counts
         self.next_step = next_step
+        self.holders = tuple(holders)
 
     def _text(self) -> str:
         since = "" if self.down_seconds is None else f", down for {self.down_seconds:.1f} s"
@@ -358,13 +381,12 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
             tries = "no answer"
         first = f"{_pool(self.pool)} cannot open a connection: {tries}{since}"
         first += "." if self.waited is None else f"; this borrower waited {self.waited:.1f} s."
-        return "\n".join(
-            (
-                first,
-                f"  {'last error' if self.attempts else 'no error'}: {self._last()}",
-                f"  next step: {self.next_step or step_when_down(self.sqlstate)}",
-            )
-        )
+        lines = [first, f"  {'last error' if self.attempts else 'no error'}: {self._last()}"]
+        if self.counts is not None and self.counts.in_use:
+            held = f"; held longest: {'; '.join(map(str, self.holders))}" if self.holders else ""
+            lines.append(f"  those that are open: {_figures(self.counts)}{held}")
+        lines.append(f"  next step: {self.next_step or step_when_down(self.sqlstate)}")
+        return "\n".join(lines)
 
     def _kept(self) -> dict[str, Any]:
         # The cause stays behind, and the text names its class.

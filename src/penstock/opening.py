@@ -9,6 +9,7 @@ each call belongs to the worker that makes it.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -292,6 +293,9 @@ class Opener:
         if bug:
             text = f"{one_line(error)} ({place})" if place else one_line(error)
             return Failure(error, heals=False, sqlstate=None, text=text, next_step=_STEP_BUG)
+        if lacks_descriptors():
+            text = f"this process has no file descriptor left: {one_line(error)}"
+            return Failure(error, heals=True, sqlstate=None, text=text, next_step=_STEP_DESCRIPTORS)
         remembered = self._known.get(_key(error))
         return None if remembered is None else _failure(error, remembered)
 
@@ -485,6 +489,16 @@ def _is_bug(error: BaseException, driver: Any) -> bool:
     )
 
 
+def lacks_descriptors() -> bool:
+    """Whether this process has no file descriptor left: libpq tells that in words only."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        if error.errno in {errno.EMFILE, errno.ENFILE}:
+            return True
+    return False
+
+
 def _key(error: BaseException) -> tuple[type, str]:
     return type(error), str(error)
 
@@ -528,6 +542,12 @@ _STEP_NAMES: Final = (
     "the pool goes on trying"
 )
 _STEP_RECIPE: Final = "look at the callable given as conninfo= or kwargs=: it must return them"
+
+
+_STEP_DESCRIPTORS: Final = (
+    "raise this process's limit of files (ulimit -n), or look for what keeps files and sockets open "
+    "(/proc/self/fd)"
+)
 
 
 class RecipeError(Exception):

@@ -105,7 +105,8 @@ class Reporter:
             text += f"; {len(waiting)} waiting, longest {longest:.1f} s"
         outage = machine.outage
         if outage is not None:
-            text += f"; down for {clock() - outage.since:.1f} s"
+            code = f" (SQLSTATE {outage.sqlstate})" if outage.sqlstate else ""
+            text += f"; down for {clock() - outage.since:.1f} s{code}"
         return text + ">"
 
     def health(self) -> Health:
@@ -168,7 +169,9 @@ class Reporter:
             return self.deadlock(loop)
         outage = machine.outage
         if outage is not None and (
-            refusal is Refusal.UNREACHABLE or silent_since is not None or not self._any_alive()
+            refusal is Refusal.UNREACHABLE
+            or silent_since is not None
+            or machine.lacks_connections()
         ):
             return self._unavailable(outage, waited)
         if silent_since is not None:
@@ -177,6 +180,7 @@ class Reporter:
             return self._make(
                 ServerUnavailable, waited=waited, reason="it healed just now; try again"
             )
+        failure = None if outage is None else outage.error
         error = self._make(
             PoolTimeout,
             timeout=timeout,
@@ -185,9 +189,12 @@ class Reporter:
             holders=self.holders(),
             own=self._own(owner, top),
             loop=loop,
+            sqlstate=failure and failure.sqlstate,
+            reason=failure and failure.text,
+            next_step=failure and failure.next_step,
         )
-        if outage is not None:  # full, and no more can be had: say why
-            error.__cause__ = outage.error.error
+        if failure is not None:  # full, and one that ends cannot be replaced
+            error.__cause__ = failure.error
         return error
 
     def closed(self) -> PenstockError:
@@ -245,6 +252,7 @@ class Reporter:
             reason=failure.text,
             heals=failure.heals,
             next_step=failure.next_step,
+            holders=self.holders(),
             counts=self.counts(),
         )
         error.__cause__ = failure.error
@@ -292,10 +300,6 @@ class Reporter:
         )
         error.__cause__ = failure.error
         return error
-
-    def _any_alive(self) -> bool:
-        counts = self.counts()
-        return counts.idle + counts.in_use + counts.pinging > 0
 
     def _make(self, base: type[PenstockError], **fields: Any) -> PenstockError:
         made: PenstockError = flavoured(base, self._driver)(pool=self._name, **fields)

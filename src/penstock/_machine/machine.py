@@ -635,6 +635,10 @@ class Machine:
         """Since when the server has owed an answer, if that is why nobody can be served."""
         return silent_since(self.slots(), unanswered, now, self.tally.usual_opening())
 
+    def lacks_connections(self) -> bool:
+        """Whether there are fewer than there may be: one more could have served a borrower that got none."""
+        return self._connected() < self.limits.max_size
+
     def stats(self, name: str, now: float) -> Stats:
         """A snapshot."""
         return snapshot(self, name, now)

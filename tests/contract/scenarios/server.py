@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from penstock import PenstockError, PoolTimeout, ServerUnavailable
+from penstock import PenstockError, ServerUnavailable
 from penstock.testing import FakeOperationalError, Mode
 from tests.contract.scenarios import fake_scenario, scenario
 
@@ -99,7 +99,7 @@ async def a_server_that_has_no_room_serves_with_what_is_open(w):
     await holder.end()
     assert (await waiter.wait()).error is None
     assert waiter.conn is holder.conn
-    with pytest.raises(PoolTimeout) as caught:
+    with pytest.raises(ServerUnavailable) as caught:
         await pool.getconn(timeout=0.05)
     assert "too many clients" in str(caught.value.__cause__)
     await waiter.end()
