@@ -506,6 +506,20 @@ def test_blocks_nest(pool_of):
         assert words(pool) == ["outer"]
 
 
+def test_blocks_that_overlap_are_told_and_nothing_stays(pool_of):
+    pool = pool_of()
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    first.enter_context(undone(pool))
+    second.enter_context(undone(pool))
+    with pytest.raises(MisuseError, match="began later"):
+        first.close()
+    with contextlib.suppress(Exception):  # its session went with the first one's
+        pool.execute("insert into items values (1, 'overlapped')")
+    second.close()
+    assert words(pool) == []
+    pool.execute("select 1")
+
+
 def test_a_forked_child_joins_and_does_not_disturb(pool_of):
     pool = pool_of()
     with undone(pool):

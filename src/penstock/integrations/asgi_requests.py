@@ -126,12 +126,19 @@ class OwnUnit:
         self._token = self._manner.current.set(self._unit)
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        assert self._unit is not None
-        assert self._token is not None
+        unit, token = self._unit, self._token
+        if unit is None or token is None:
+            if error is None or isinstance(error, Exception):  # a cancellation passes as it is
+                raise MisuseError(
+                    "a unit was left that nobody is in: nothing is committed",
+                    next_step="leave each block once, where it was entered: use `async with`",
+                )
+            return
+        self._token = None
         try:
-            await self._unit.finish(error, commits=self._manner.transactions == "request")
+            await unit.finish(error, commits=self._manner.transactions == "request")
         finally:
-            _reset(self._manner.current, self._token)
+            _reset(self._manner.current, token)
 
 
 class Exchange:

@@ -187,6 +187,8 @@ class Loan:
             return False
         lost = error is None and self._roll_back_asking()
         clean = self.status() == IDLE
+        if self._over:  # another thread of the unit has, meanwhile
+            return False
         self._over = True
         cause = None if clean else GivenBack() if error is None else error
         self._lease.__exit__(type(cause) if cause else None, cause, None)

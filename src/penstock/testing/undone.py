@@ -140,6 +140,8 @@ class _OpenerAtStandIn(Opener):
 
     def __init__(self, former: Opener, session: _Session) -> None:
         super().__init__(former._config, former._driver, former._name)
+        self.former = former
+        self.over = False  # its block has ended
         self._session = session
 
     def recipe(self, progress: Progress | None = None) -> Recipe:
@@ -171,12 +173,20 @@ class _OpenerAtStandIn(Opener):
         return link
 
 
+def _still_there(opener: Opener) -> Opener:
+    """This one, or what it stands for, if its block has ended already."""
+    while isinstance(opener, _OpenerAtStandIn) and opener.over:
+        opener = opener.former
+    return opener
+
+
 @contextmanager
 def _led_to(session: _Session, pool: Pool) -> Iterator[None]:
     session.pools.append(pool)
     guarded = pool._config.guard
     pool._set_guard(on=True)  # a test is where the use of a returned connection is to be found
-    former = pool._open_by(_OpenerAtStandIn(pool._opener, session))
+    own = _OpenerAtStandIn(pool._opener, session)
+    pool._open_by(own)
     try:
         if lent := _lent_after(pool, session.seconds):
             raise pool._reporter.misuse(
@@ -185,8 +195,17 @@ def _led_to(session: _Session, pool: Pool) -> Iterator[None]:
             )
         yield
     finally:
-        pool._open_by(former)
-        pool._set_guard(on=guarded)
+        own.over = True
+        overlapped = pool._opener is not own
+        if not overlapped:
+            pool._open_by(_still_there(own.former))
+            pool._set_guard(on=guarded)
+    if overlapped:
+        # The pool stays with the other: what is done in its block must not stay.
+        raise pool._reporter.misuse(
+            "a block of undone() ends while another one that began later goes on",
+            "nest them: two threads that undo one pool share one block around both",
+        )
     if lent := _lent_after(pool, session.seconds):
         _log.warning(
             "pool %r: the block of undone() ends, and with it connections that are still lent: %s",

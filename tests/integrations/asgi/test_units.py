@@ -237,6 +237,22 @@ async def test_a_unit_commits_at_its_end_and_rolls_back_on_an_error(shop):
 
 
 @on_a_loop
+async def test_a_unit_is_entered_once_and_left_once(shop):
+    async with shop:
+        unit = shop.db.unit()
+        with pytest.raises(MisuseError, match="nobody is in"):
+            await unit.__aexit__(None, None, None)
+        async with unit:
+            await shop.write("kept")
+            with pytest.raises(MisuseError, match="entered twice"):
+                async with unit:
+                    raise AssertionError("two are inside")
+        with pytest.raises(MisuseError, match="nobody is in"):
+            await unit.__aexit__(None, None, None)
+        assert not await unit.__aexit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+
+
+@on_a_loop
 async def test_a_unit_in_a_request_is_apart_from_it(shop_of, driver):
     async with shop_of(driver, max_size=2) as shop:
 
