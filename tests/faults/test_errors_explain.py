@@ -249,10 +249,11 @@ def test_a_role_at_its_connection_limit_says_so_and_is_served_when_there_is_room
     other.close()
     assert pool.execute("select 1", timeout=PATIENCE).fetchone() == (1,)
     # One is open now, and no more can be had: who waits is told both, and gets it when it is back.
-    with pool.connection(), pytest.raises(PoolTimeout) as full:
+    with pool.connection(), pytest.raises(ServerUnavailable) as full:
         _in_thread(lambda: pool.execute("select 1", timeout=0.7))
     assert "1 of 3 in use" in str(full.value)
-    assert "too many connections" in str(full.value.__cause__)
+    assert "too many connections" in str(full.value)
+    assert "CONNECTION LIMIT" in str(full.value)
     pool.close()
     until(lambda: not server.execute("select 1 from pg_stat_activity where usename = 'crowded'"))
     server.execute("drop role crowded")
