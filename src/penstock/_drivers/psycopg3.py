@@ -1,4 +1,4 @@
-"""The driver for psycopg 3 (3.2.4 and newer), synchronous connections.
+"""The driver for psycopg 3 (3.2.1 and newer), synchronous connections.
 
 It must not know: pools, slots, leases, waiters, limits. Everything that can block is bounded by a
 deadline of its own, by exchanging messages through libpq's non-blocking calls; what psycopg runs

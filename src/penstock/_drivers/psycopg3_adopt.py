@@ -237,7 +237,7 @@ def checked(conn: Any, kind: type[Any]) -> Any:
         raise not_at_rest("in a pipeline")
     if (
         attributes["_num_transactions"]
-        or attributes["_notifies_backlog"] is None
+        or attributes.get("_notifies_backlog", ()) is None
         or real.lock.locked()
     ):
         raise not_at_rest(

@@ -1,4 +1,4 @@
-"""The driver for psycopg 3 (3.2.4 and newer), asyncio connections.
+"""The driver for psycopg 3 (3.2.1 and newer), asyncio connections.
 
 It must not know: pools, slots, leases, waiters, limits. Every wait of its own is for the descriptor, on
 the running loop, up to a deadline; what psycopg runs for its user is the user's to bound.

@@ -258,7 +258,7 @@ class PgconnLink:
         handle = self.handle
         while handle.notifies() is not None:
             pass
-        if backlog := self.attributes["_notifies_backlog"]:
+        if backlog := self.attributes.get("_notifies_backlog"):  # not before psycopg 3.2.4
             backlog.clear()
 
     # --- the end

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import psycopg
 from psycopg import pq
 
-from penstock._drivers.private import Library
+from penstock._drivers.private import Library, parts_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 _SETTING: Final = "a setting that a return sets back"
 _BLOCK: Final = "tells that somebody is inside a block of the connection"
 _HANDLERS: Final = "handlers that a return takes away"
+# Older ones hand out notifications by notifies() only, and keep none.
+_BACKLOG: Final = (
+    {"_notifies_backlog": f"{_BLOCK}, and keeps the last borrower's notifications"}
+    if parts_of(psycopg.__version__) >= (3, 2, 4)
+    else {}
+)
 _PREPARED: Final = "the prepared statements that a rollback, a reset and a migration end"
 _CONNECT: Final = "psycopg's own way to connect, told from a tracer's"
 
@@ -39,8 +45,8 @@ def _owners() -> Mapping[str, Any]:
 
 LIBRARY: Final = Library(
     name="psycopg",
-    least="3.2.4",
-    why="older ones keep notifications elsewhere",
+    least="3.2.1",
+    why="the first one that pip installs with psycopg[binary]",
     newest="3.3",
     version=lambda: psycopg.__version__,
     owners=_owners,
@@ -51,7 +57,7 @@ LIBRARY: Final = Library(
             "_begin_statement": "psycopg's cache of what the settings mean",
             "_tpc": "the two-phase transaction that a return forgets",
             **dict.fromkeys(("_num_transactions", "_pipeline"), _BLOCK),
-            "_notifies_backlog": f"{_BLOCK}, and keeps the last borrower's notifications",
+            **_BACKLOG,
             **dict.fromkeys(("_notice_handlers", "_notify_handlers"), _HANDLERS),
             **dict.fromkeys(("_notice_handler", "_notify_handler"), "what guard=True has a new object hear"),
             "_prepared": _PREPARED,
