@@ -82,7 +82,7 @@ def test_whoever_waits_is_served_in_any_schedule_though_others_are_refused(seeds
 
 def refuse_without_a_look(machine, waiter, now):
     """What `queue_up` must not be: whoever is sent away leaves at once."""
-    waiter.refusal = machine._refusal(waiter.owner, now)
+    waiter.refusal = machine._refusal(waiter, now)
     if waiter.refusal is not None:
         return []
     return QUEUE_UP(machine, waiter, now)
