@@ -464,7 +464,7 @@ class AsyncBorrowing(AsyncUpkeep):
                 self.name,
                 called_at(),
             )
-        if activity in {Activity.IDLE, Activity.ACTIVE}:
+        if activity is Activity.IDLE or activity is Activity.ACTIVE:  # a set would hash them
             return None
         link.park()  # a plain lease has parked it already, a careful one has not
         link.lend()
@@ -508,7 +508,7 @@ class AsyncBorrowing(AsyncUpkeep):
             except BaseException:
                 place[0].condemn(Reason.UNCLEAN)  # the user's code is not called a second time
                 raise
-        activity = link.activity()
+        activity = link.activity() if unfinished else Activity.IDLE
         if (
             unfinished
             and (not cut_short or activity is Activity.ACTIVE)

@@ -428,7 +428,8 @@ class Borrowing(Upkeep):
             del slot
 
     def _commit(self, link: Any) -> Exception | None:
-        if link.activity() in {Activity.IDLE, Activity.ACTIVE}:
+        activity = link.activity()
+        if activity is Activity.IDLE or activity is Activity.ACTIVE:  # a set would hash them
             return None
         link.park()  # a plain lease has parked it already, a careful one has not
         link.lend()
@@ -441,12 +442,13 @@ class Borrowing(Upkeep):
     def _verdict(self, link: Any, *, cut_short: bool) -> Verdict:
         # A lock of the driver's that nobody may ever release: park() is on the hot path and does not look.
         clean = link.park() and not getattr(link, "held", False)
-        if link.activity() is Activity.BROKEN:
+        activity = link.activity()
+        if activity is Activity.BROKEN:
             return Verdict.BROKEN
         reset = self._config.reset
         if not clean:
             clean = reset is not None and link.tidy(within(TIDY_SECONDS, self._config))
-        activity = link.activity()
+            activity = link.activity()
         if not clean and not cut_short and reset is not None and activity is not Activity.BROKEN:
             _log.warning(
                 "pool %r: a connection was given back %s: closed%s",

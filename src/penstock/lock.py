@@ -60,7 +60,8 @@ class Lock(RLock):  # type: ignore[misc]  # typeshed has it final; the interpret
         # Read when it is asked for. Where the caller has it already, only what is added here may go.
         count = map(Lock._recursion_count, (self,)) if before else (1,)
         try:
-            return self.acquire(True, seconds)
+            # Mostly it is free, and an acquire with a time costs 90 ns more.
+            return self.acquire(False) or self.acquire(True, seconds)
         except BaseException:
             (now,) = count
             if now > before:

@@ -79,6 +79,8 @@ class Upkeep:
                 may run in the middle of a move, in the thread that makes it.
         """
         lock = self._lock
+        if lock.take(0.0):
+            return lock  # mostly
         patience = min(max(seconds, LEAST_LOCK_SECONDS), LONGEST_SLEEP)
         if not lock.take(patience):
             raise self._reporter.locked(lock.owner(), max(seconds, 0.0), patience)

@@ -28,7 +28,7 @@ from penstock._drivers.asyncpg_end import drop, is_running, look_at
 from penstock._drivers.asyncpg_guard import COPYING, DEAD, INHERITED, Settings, outdated
 from penstock._drivers.asyncpg_limit import LimitedProtocol
 from penstock._drivers.asyncpg_renewal import renewed
-from penstock._drivers.outdated import take_from
+from penstock._drivers.outdated import MARKS, take_from
 from penstock._drivers.protocol import Activity, Outdated, Reply
 from penstock._drivers.renewal import ALONE, is_held
 from penstock._drivers.session_reset import LEARN, literal, reset_message
@@ -172,7 +172,7 @@ class AsyncpgLink:
         self._forget_transaction()
         if self._watch.recoded or any(self._settings.channels(self.real)):
             return False
-        if not self.touched.isdisjoint(Outdated):
+        if not self.touched.isdisjoint(MARKS):
             return False
         self._settings.restore(self.real)
         return True

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 #: The codes that `outdated_by` takes an interest in.
 CODES: Final = frozenset(("0A000", "26000", "42704", "XX000"))
 
+#: All of them, to be compared with what was noted: a walk through the class itself takes 1.5 us.
+MARKS: Final = frozenset(Outdated)
+
 #: Worst first.
 _ORDER: Final = (Outdated.TYPES, Outdated.SESSION, Outdated.STATEMENTS)
 
@@ -59,6 +62,8 @@ def worst_of(found: Iterable[object]) -> Outdated | None:
 
 def take_from(touched: set[str]) -> Outdated | None:
     """What was noted among the changes of a connection; it is not noted any more."""
+    if touched.isdisjoint(MARKS):
+        return None
     found = worst_of(touched)
-    touched.difference_update(Outdated)
+    touched.difference_update(MARKS)
     return found

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import psycopg
 from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 
-from penstock._drivers.outdated import take_from
+from penstock._drivers.outdated import MARKS, take_from
 from penstock._drivers.protocol import Activity, Outdated
 from penstock._drivers.psycopg3_adopt import class_of, own_connect
 from penstock._drivers.psycopg3_connect import driver_options, unfit_option
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 AnyConnection = psycopg.BaseConnection[Any]
 C = TypeVar("C", bound=AnyConnection)
 
-_ACTIVITY: Final = {
+_ACTIVITY: Final[dict[int, Activity]] = {
     TransactionStatus.IDLE: Activity.IDLE,
     TransactionStatus.ACTIVE: Activity.ACTIVE,
     TransactionStatus.INTRANS: Activity.IN_TRANSACTION,
@@ -154,7 +154,7 @@ class PgconnLink:
     def _settle(self) -> bool:
         if not self._is_at_rest() or self._is_inside_block():
             return False
-        if not self.touched.isdisjoint(Outdated):
+        if not self.touched.isdisjoint(MARKS):
             return False
         self._settings.restore(self.real)
         return True
@@ -179,7 +179,7 @@ class PgconnLink:
         """What the session is doing, also while parked."""
         if self.handle.status == ConnStatus.BAD:
             return Activity.BROKEN
-        return _ACTIVITY.get(TransactionStatus(self.handle.transaction_status), Activity.BROKEN)
+        return _ACTIVITY.get(self.handle.transaction_status, Activity.BROKEN)
 
     def set_autocommit(self, value: bool) -> None:
         """Set autocommit until the connection is given back; only while idle.

@@ -785,6 +785,9 @@ class Machine:
     # -- growing and failing ----------------------------------------------------------------------
 
     def _grow(self, now: float, orders: list[Order]) -> None:
+        wanted = self.waiters or self.opening or self.outage is not None
+        if not wanted and len(self.refs) >= self.limits.min_size:
+            return  # mostly: each return that is not simply clean asks
         while self._should_open(now, orders):
             serial = self.serials = self.serials + 1
             slot = Slot(generation=self.generation, epoch=self.epoch, now=now)
