@@ -116,7 +116,7 @@ def test_a_borrower_whose_time_is_up_leaves_the_queue_though_the_lock_is_not_fre
     with stopped_in_a_move(pool):
         thread.join(PATIENCE)
         assert isinstance(answers[0], PoolTimeout)
-    assert until(lambda: pool.stats().waiting == 0)
+    assert until(lambda: pool.stats().waiting == 0, seconds=PATIENCE)
     pool.putconn(lent)
     assert borrow(pool) == "lent"
 
