@@ -67,6 +67,18 @@ def test_a_server_that_is_always_slow_is_not_silent_before_four_times_its_usual_
     del lent
 
 
+def test_a_callable_that_hangs_is_why_however_many_are_lent():
+    machine = machine_of(3)
+    lent = [borrowed(machine, 0.0), borrowed(machine, 0.0)]
+    waiters = [comes(machine, 1.0) for _ in range(2)]
+    (slot,) = waiters[0][1]
+    slot.progress.comes_to("kwargs=token", 1.0, 10.0)
+    assert silence_at(machine, waiters[0][0], 1.4) is None
+    assert silence_at(machine, waiters[1][0], 1.6) == 1.0
+    assert machine.silent_since(1.6) is None, "what is lent works"
+    del lent, slot, waiters
+
+
 def test_a_pool_that_is_full_with_a_slow_connect_beside_is_not_silent():
     machine = machine_of(3)
     lent = [borrowed(machine, 0.0), borrowed(machine, 0.0)]

@@ -75,6 +75,7 @@ from .silence import (
     RESERVE,
     TIMES_USUAL,
     Silence,
+    hanging_since,
     patience,
     silent_since,
 )
@@ -265,7 +266,7 @@ class Machine:
         A slot that was just given and not touched goes to whoever is next.
         """
         if timed_out and waiter.slot is None:
-            waiter.silent_since = self.silent_since(now, waiter.unanswered)
+            waiter.silent_since = self._unanswered_since(now, waiter)
         if self.waiters.pop(waiter.ticket, None) is not None:
             self.tally.wait_ended(now - waiter.queued_at, served=False)
         orders: list[Order] = []
@@ -634,6 +635,13 @@ class Machine:
     def silent_since(self, now: float, unanswered: float | None = None) -> float | None:
         """Since when the server has owed an answer, if that is why nobody can be served."""
         return silent_since(self.slots(), unanswered, now, self.tally.usual_opening())
+
+    def _unanswered_since(self, now: float, waiter: Waiter) -> float | None:
+        """Since when the server, or a callable of the user's, has owed what this waiter waits for."""
+        since = self.silent_since(now, waiter.unanswered)
+        if since is None and not self.idle:
+            since = hanging_since(self.slots(), now, self.tally.usual_opening())
+        return since
 
     def lacks_connections(self) -> bool:
         """Whether there are fewer than there may be: one more could have served a borrower that got none."""

@@ -10,6 +10,7 @@ It must not know: the queue, orders, how a ping is made. Pure functions of slots
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from .slot import SlotState
@@ -110,4 +111,23 @@ def silent_since(
     if unanswered is not None:
         asked.append(unanswered)
     since = min(asked, default=now)
+    return since if now - since >= max(SILENCE, TIMES_USUAL * usual) else None
+
+
+def hanging_since(slots: Iterable[Slot], now: float, usual: float) -> float | None:
+    """Since when a callable of the user's has kept the oldest opening; None: none has, or not for long.
+
+    Unlike a server's silence it is known, so it does not count how many connections are lent.
+
+    Args:
+        slots: the pool's.
+        now: the time.
+        usual: as in `silent_since`.
+    """
+    opening = [slot for slot in slots if slot.state is SlotState.OPENING]
+    oldest = min(opening, key=attrgetter("opened_at"), default=None)
+    progress = None if oldest is None else oldest.progress
+    if progress is None or progress.doing is None:
+        return None
+    since = progress.since
     return since if now - since >= max(SILENCE, TIMES_USUAL * usual) else None

@@ -92,6 +92,25 @@ async def the_error_names_the_callable_before_its_right_is_taken_back(w):
 
 
 @scenario
+async def a_callable_that_hangs_is_named_while_a_connection_is_lent(w):
+    for option in OPTIONS:
+        service, pool = pool_that_asks(w, option)
+        service.well = True
+        lent = await pool.getconn()
+        service.well = False
+        for _ in range(2):
+            with pytest.raises(ServerUnavailable) as told:
+                await pool.getconn(timeout=1.0)
+            assert is_named(told.value, option)
+            assert "1 of 2 in use" in str(told.value)
+        assert pool.health().ready, "what is lent works"
+        await pool.putconn(lent)
+        service.well = True
+        service.let_go.set()
+        await pool.close()
+
+
+@scenario
 async def a_dedicated_connection_whose_callable_hangs_names_it(w):
     in_a_hurry(w, 0.3)
     for option in ("conninfo", "kwargs"):
