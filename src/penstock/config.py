@@ -20,7 +20,7 @@ import sys
 import unicodedata
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from inspect import iscoroutinefunction
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, get_origin
 
 from penstock._machine.policy import Limits
@@ -209,7 +209,10 @@ class PoolConfig:
             ConfigError: a callable is a coroutine function: nobody would await what it returns.
         """
         for key in _CALLABLES:
-            self._check(not iscoroutinefunction(getattr(self, key)), key,
+            value = getattr(self, key)
+            called = value.__call__ if callable(value) else None
+            awaits = iscoroutinefunction(value) or iscoroutinefunction(called)
+            self._check(not awaits, key,
                         "a plain function (AsyncConnectionPool awaits coroutine functions)")  # fmt: skip
         return self
 
@@ -277,6 +280,10 @@ class PoolConfig:
         for key in ("reconnect_failed", "configure", "check", "on_borrow"):
             value = getattr(self, key)
             self._check(value is None or callable(value), key, "a callable or None")
+        for key in _CALLABLES:
+            value = getattr(self, key)
+            generates = isgeneratorfunction(value) or isasyncgenfunction(value)
+            self._check(not generates, key, "a function without `yield`: nothing of it would run")
 
     def _check(self, fits: object, key: str, allowed: str) -> None:
         if not fits:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from inspect import isawaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -485,7 +486,7 @@ def _is_bug(error: BaseException, driver: Any) -> bool:
     pass is a ValueError), and texts of a server that cannot be decoded.
     """
     return isinstance(error, _BUGS) and not isinstance(
-        error, (OSError, UnicodeError, driver.operational_error, driver.interface_error)
+        error, (OSError, UnicodeDecodeError, driver.operational_error, driver.interface_error)
     )
 
 
@@ -560,9 +561,17 @@ class ConfigureError(Exception):
 
 def _call_configure(configure: Callable[[Any], object], conn: Any) -> None:
     try:
-        configure(conn)
+        _refuse_awaitable(configure(conn))
     except Exception as error:
         raise configure_raised(configure) from error
+
+
+def _refuse_awaitable(answer: object) -> None:
+    """Raise TypeError if a callable gave what somebody would have to await (a lambda's cannot be told before)."""
+    if isawaitable(answer):
+        getattr(answer, "close", lambda: None)()  # else Python warns of it, too
+        kind = type(answer).__name__
+        raise TypeError(f"it returned a {kind}, which a pool for threads does not await")
 
 
 def configure_raised(configure: Callable[[Any], object]) -> ConfigureError:

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from penstock import AsyncConnectionPool, ConfigError, ConnectionPool, DriverNotFoundError
+from penstock import (
+    AsyncConnectionPool,
+    ConfigError,
+    ConnectionPool,
+    DriverNotFoundError,
+    ServerUnavailable,
+)
 from penstock.testing import AsyncFakeDriver, FakeDriver, FakeServer
 
 
@@ -41,6 +47,47 @@ def test_a_coroutine_function_for_a_pool_that_awaits_nothing_is_refused(key):
         with pytest.raises(ConfigError, match=f"'{key}'.*AsyncConnectionPool awaits"):
             ConnectionPool(driver=FakeDriver(server), **option)
         AsyncConnectionPool(driver=AsyncFakeDriver(server), **option)
+
+
+class Later:
+    async def __call__(self, *_: Any) -> None: ...
+
+
+@pytest.mark.parametrize("key", ["configure", "check", "reset", "on_borrow", "reconnect_failed"])
+def test_so_is_an_object_whose_call_is_a_coroutine_function(key):
+    option: Any = {key: Later()}
+    with FakeServer() as server:
+        with pytest.raises(ConfigError, match=f"'{key}'.*AsyncConnectionPool awaits"):
+            ConnectionPool(driver=FakeDriver(server), **option)
+        AsyncConnectionPool(driver=AsyncFakeDriver(server), **option)
+
+
+def generates(*_: Any) -> Any:
+    yield
+
+
+async def generates_later(*_: Any) -> Any:
+    yield
+
+
+@pytest.mark.parametrize("function", [generates, generates_later])
+@pytest.mark.parametrize("key", ["configure", "check", "reset", "on_borrow", "reconnect_failed"])
+def test_a_generator_function_of_which_nothing_would_run_is_refused(key, function):
+    option: Any = {key: function}
+    with FakeServer() as server:
+        with pytest.raises(ConfigError, match=f"'{key}'.*yield"):
+            ConnectionPool(driver=FakeDriver(server), **option)
+        with pytest.raises(ConfigError, match=f"'{key}'.*yield"):
+            AsyncConnectionPool(driver=AsyncFakeDriver(server), **option)
+
+
+def test_a_coroutine_that_configure_returns_is_not_dropped_in_silence():
+    with (
+        FakeServer() as server,
+        ConnectionPool(driver=FakeDriver(server), configure=lambda _: later()) as pool,
+        pytest.raises(ServerUnavailable, match=r"configure=.*coroutine.*does not await"),
+    ):
+        pool.getconn()
 
 
 def test_so_is_one_that_gives_the_conninfo_or_the_kwargs():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import gc
 import pickle
 from pathlib import Path
 from typing import Any
@@ -289,3 +290,68 @@ def test_a_bug_in_what_the_user_gave_is_told_with_its_place(server: Any, driver:
     }.get(driver, "TypeError: a bug (raised in bad, drivers/test_option_values.py:")
     assert told in str(error)
     assert failures == 1
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_a_class_of_another_library_is_refused_by_name(server: Any, driver: str) -> None:
+    async def main() -> str:
+        async with AsyncConnectionPool(
+            server.conninfo(over="tcp"), driver=driver, connection_class=BadPsycopg2
+        ) as pool:
+            with pytest.raises(ServerUnavailable) as caught:
+                await pool.execute("select 1")
+            assert pool.stats().open_failures == 1
+            return str(caught.value)
+
+    assert "connection_class=BadPsycopg2 is no subclass of " in asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "told"),
+    [
+        ({"port": "x"}, "port"),
+        ({"port": 5.5}, "port"),
+        ({"port": 70000}, "port"),
+        ({"application_name": "\udc80"}, "surrogates not allowed"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["threads", "asyncio"])
+@pytest.mark.parametrize("over", ["tcp", "unix"])
+def test_a_value_that_psycopg_cannot_use_is_refused_at_once(
+    server: Any, over: str, kind: str, kwargs: Any, told: str
+) -> None:
+    async def main() -> tuple[ServerUnavailable, int]:
+        async with AsyncConnectionPool(server.conninfo(over=over), kwargs=kwargs) as pool:
+            with pytest.raises(ServerUnavailable) as caught:
+                await pool.execute("select 1")
+            return caught.value, pool.stats().open_failures
+
+    if kind == "asyncio":
+        error, failures = asyncio.run(main())
+    else:
+        with ConnectionPool(server.conninfo(over=over), kwargs=kwargs) as pool:
+            with pytest.raises(ServerUnavailable) as caught:
+                pool.execute("select 1")
+            error, failures = caught.value, pool.stats().open_failures
+    assert failures == 1
+    assert told in str(error) or "Servname not supported" in str(error)
+    assert "check that the server runs" not in str(error)
+
+
+def test_a_class_whose_init_fails_early_leaves_no_noise(
+    server: Any, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Early(asyncpg.Connection):  # type: ignore[misc]
+        def __init__(self, one: Any) -> None: ...
+
+    async def main() -> None:
+        async with AsyncConnectionPool(
+            server.conninfo(over="tcp"), driver="asyncpg", connection_class=Early
+        ) as pool:
+            with pytest.raises(ServerUnavailable, match="positional argument"):
+                await pool.execute("select 1")
+
+    asyncio.run(main())
+    gc.collect()
+    assert "AttributeError" not in capsys.readouterr().err
+    assert [each for each in recwarn if "Unraisable" in each.category.__name__] == []

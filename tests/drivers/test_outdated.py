@@ -279,6 +279,35 @@ def test_asyncpgs_cursors_and_prepared_statements_fail_once(database, do, kind):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("kind", ["cursor", "prepared"])
+@pytest.mark.parametrize("change", ["add attribute more int", "drop attribute other"])
+def test_asyncpgs_composite_type_of_other_attributes_fails_once(database, do, kind, change):
+    asyncpg = pytest.importorskip("asyncpg")
+
+    async def ask(pool):
+        async with pool.connection(transaction=True) as conn:
+            if kind == "cursor":
+                return [row async for row in conn.cursor("select made from pairs")]
+            return await (await conn.prepare("select made from pairs")).fetch()
+
+    async def main():
+        failed = 0
+        async with AsyncConnectionPool(database, driver="asyncpg", max_size=1) as pool:
+            for number in range(6):
+                if number == 2:
+                    do(f"alter type pair {change}")
+                try:
+                    await ask(pool)
+                except asyncpg.OutdatedSchemaCacheError:
+                    failed += 1
+            assert pool.stats().opened == 1
+        assert failed <= 1
+
+    do("create type pair as (one int, other int)")
+    do("create table pairs as select row(1, 2)::pair as made")
+    asyncio.run(main())
+
+
 def test_asyncpgs_codecs_are_set_anew_for_a_type_that_was_made_anew(database, do):
     pytest.importorskip("asyncpg")
 

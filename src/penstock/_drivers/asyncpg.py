@@ -72,7 +72,7 @@ class AsyncpgDriver:
             NotAdopted: what it gave cannot be lent.
         """
         deadline = deadline_in(seconds)
-        cls = watched(recipe.connection_class or asyncpg.Connection)
+        cls = watched(_class_of(recipe))
         conn = await connecting.connect(recipe, cls, deadline)
         try:
             link = await self.adopt(conn, recipe, seconds_to(deadline))
@@ -140,6 +140,16 @@ class AsyncpgDriver:
             or sqlstate.startswith("08")
             or (read_write and sqlstate == "25006")
         )
+
+
+def _class_of(recipe: Recipe) -> type[Any]:
+    """The class of the recipe's connections; what is put in front of it would hide a wrong one from asyncpg."""
+    cls = recipe.connection_class or asyncpg.Connection
+    if not issubclass(cls, asyncpg.Connection):
+        raise asyncpg.ClientConfigurationError(
+            f"connection_class={cls.__qualname__} is no subclass of asyncpg.Connection"
+        )
+    return cls
 
 
 async def _set_check_interval(link: AsyncpgLink, seconds: float | None, deadline: float) -> None:

@@ -126,7 +126,9 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
 
     def __del__(self) -> None:
         watch: Watch | None = getattr(self, "_penstock", None)
-        if watch is None or not isinstance(self._protocol, DeadProtocol):
+        if watch is None:  # the class's own `__init__` has not come as far
+            return
+        if not isinstance(getattr(self, "_protocol", None), DeadProtocol):
             super().__del__()
         elif watch.drop is not None and watch.pid == os.getpid():
             watch.drop()
@@ -224,8 +226,15 @@ class Watching(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
     def _note_outdated(self, error: BaseException) -> None:
         """If this error says that what asyncpg remembers is outdated: forget it, on all connections.
 
-        asyncpg does so by itself for "cached plan must not change result type", but not in a cursor.
+        asyncpg does so by itself for "cached plan must not change result type" and for a composite type
+        of other attributes, but not in a cursor.
         """
+        if isinstance(
+            error, asyncpg.OutdatedSchemaCacheError
+        ):  # asyncpg's own: the session is well
+            self._drop_global_type_cache()
+            self._drop_global_statement_cache()
+            return
         found = outdated(error)
         if found is None:
             return

@@ -48,6 +48,8 @@ _STEP_NAME: Final = "look at host=: no address has this name"
 #: libpq from here on traces what the server says during a login.
 _TRACES_LOGINS: Final = 18_00_00
 
+_LAST_PORT: Final = 65535
+
 
 class Tape:
     """What one attempt to connect tells, at each of its steps.
@@ -157,7 +159,7 @@ def diagnosis_by_trying(error: BaseException, recipe: Recipe, deadline: float) -
     """What one more attempt tells, at every address; blocks until the deadline at most."""
     text = one_line(error)
     params = params_of(error, recipe)
-    if not _are_valid_options(params):
+    if not (_are_ports(effective_params(params)) and _are_valid_options(params)):
         return Diagnosis(sqlstate=None, heals=False, text=text, next_step=_STEP_OPTIONS)
     findings = list(_findings(params, deadline, spoke_tls(error)))
     # Of several servers, one that takes us in, or may later, is enough for hope; those that cannot be
@@ -208,6 +210,19 @@ def _refused_by(tls: psycopg3_tls.Tls) -> Diagnosis | None:
     if tls.next_step is None:
         return None
     return Diagnosis(sqlstate=None, heals=False, text="", next_step=tls.next_step)
+
+
+def _are_ports(effective: dict[str, str]) -> bool:
+    """Whether each port is one; libpq finds that out from address to address, as if a connect had failed."""
+    ports = effective.get("port", "").split(",")
+    return all(not port.strip() or _is_port(port) for port in ports)
+
+
+def _is_port(text: str) -> bool:
+    try:
+        return 1 <= int(text) <= _LAST_PORT
+    except ValueError:
+        return False
 
 
 def _are_valid_options(params: Params) -> bool:
