@@ -355,3 +355,19 @@ def test_a_connection_of_another_loop_or_of_asyncpgs_pool_is_refused(server):
         other.run_until_complete(conn.close())
     finally:
         other.close()
+
+
+def test_options_pass_a_connect_that_does_not_list_them(play, monkeypatch):
+    original = asyncpg.connect
+
+    async def passes_on(*args, **options):
+        return await original(*args, **options)
+
+    monkeypatch.setattr(asyncpg, "connect", passes_on)
+    options = {"server_settings": {"jit": "off"}, "statement_cache_size": 0, "timeout": 5}
+
+    async def act(pool):
+        async with pool.connection() as conn:
+            assert await conn.fetchval("show jit") == "off"
+
+    play(act, kwargs=options)

@@ -109,12 +109,12 @@ def words_of(recipe: Recipe) -> tuple[Words, Hidden[Words]]:
             f"the connection string does not parse: {found.what}", hint=found.hint
         )
     words, options = found, Hidden[Words]({})
-    known = inspect.signature(asyncpg.connect).parameters.keys() - _NOT_OPTIONS
+    known, others = _parameters()
     for name in recipe.kwargs:
         key = "dbname" if name == "database" else name
         if key in KEYWORDS and not callable(recipe.kwargs[name]):
             words[key] = _as_libpq(recipe.kwargs[name], key)
-        elif name in known:
+        elif name not in _NOT_OPTIONS and (others or name in known):
             options.value[name] = recipe.kwargs[name]
         else:
             raise asyncpg.ClientConfigurationError(f"no connection option: {name}")
@@ -147,9 +147,16 @@ def _can(key: str, value: Any) -> bool:
     return key in _UNDERSTOOD or allowed is None or value in allowed
 
 
+def _parameters() -> tuple[set[str], bool]:
+    """What `asyncpg.connect` is called with by name, and whether it takes others, too: a tracer's passes them on."""
+    found = inspect.signature(asyncpg.connect).parameters
+    others = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in found.values())
+    return set(found), others
+
+
 def unfit_option(recipe: Recipe) -> UnfitOption | None:
     """The first option of a recipe that asyncpg does not have, or cannot do, or that is the pool's."""
-    parameters = inspect.signature(asyncpg.connect).parameters
+    parameters, others = _parameters()
     library = f"asyncpg {asyncpg.__version__}"
     found = read(Secret(recipe.conninfo))
     said = Hidden[dict[str, Any]]({**({} if isinstance(found, Wrong) else found), **recipe.kwargs})
@@ -164,12 +171,12 @@ def unfit_option(recipe: Recipe) -> UnfitOption | None:
             if key in _NOT_WITH_SERVICE and "service" in said.value:
                 hint = "leave one of the two out"
                 return UnfitOption(name, f"asks for what {library} cannot do with service=", hint)
-            if key in {"service", "servicefile"} and key not in parameters:
+            if key in {"service", "servicefile"} and not (others or key in parameters):
                 return UnfitOption(name, f"is unknown to {library}", "asyncpg 0.31 or newer has it")
         elif name == "loop":
             hint = "leave it out: a pool belongs to the loop that it is first used on"
             return UnfitOption(name, "is the pool's own", hint)
-        elif name not in parameters.keys() - _NOT_OPTIONS:
+        elif name in _NOT_OPTIONS or not (others or name in parameters):
             return unknown_option(name, library, {*parameters, *_UNDERSTOOD} - _NOT_OPTIONS)
     return None
 
@@ -423,7 +430,8 @@ async def _connect_by_service(
     words: Words, options: Hidden[Words], recipe: Recipe, cls: type[Any], deadline: float
 ) -> Any:
     """With a service, asyncpg reads its file and looks names up itself, in the default executor."""
-    if "service" not in inspect.signature(asyncpg.connect).parameters:
+    parameters, others = _parameters()
+    if not others and "service" not in parameters:
         raise asyncpg.ClientConfigurationError("service= needs asyncpg 0.31 or newer")
     # Not in the URL: what asyncpg does not know there it would send as settings.
     own = {"application_name", "fallback_application_name", "options", "replication", "servicefile"}
