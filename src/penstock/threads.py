@@ -277,7 +277,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         try:
             slot = self._lent(self._getconns.pop(id(conn), None), conn)
             slot.loose = False
-            if self._plain and slot.link.park():
+            if self._plain and not getattr(slot.link, "held", False) and slot.link.park():
                 answer = self._machine.put(slot)
                 if not answer:  # DONE
                     return

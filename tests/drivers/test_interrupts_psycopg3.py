@@ -71,6 +71,28 @@ def test_a_connection_whose_lock_an_interrupt_left_held_is_not_lent_again(server
         assert pool.stats().closed == {"unclean": 1}
 
 
+@pytest.mark.parametrize("reset", ["rollback", "session"])
+def test_putconn_does_not_lend_again_whose_lock_an_interrupt_left_held(server, reset):
+    with ConnectionPool(server.conninfo(over="unix"), max_size=1, reset=reset) as pool:
+        conn = pool.getconn()
+        with pytest.raises(KeyboardInterrupt):
+            try:
+                conn.lock.acquire()  # as above, before anything was sent
+                raise KeyboardInterrupt
+            finally:
+                pool.putconn(conn)
+        answers = []
+
+        def borrow():
+            answers.append(pool.execute("select 1").fetchone())
+
+        other = threading.Thread(target=borrow, daemon=True)
+        other.start()
+        other.join(PATIENCE)
+        assert answers == [(1,)], "it waits for psycopg's lock"
+        assert pool.stats().closed == {"unclean": 1}
+
+
 def ask(conn, number):
     """One question, two of them in a transaction now and then; whose answer must be its own."""
     assert conn.execute("select %s::int", (number,)).fetchone() == (number,)
