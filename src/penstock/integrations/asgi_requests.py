@@ -186,9 +186,12 @@ class Exchange:
         if kind in _STARTS:
             if await self._replaces(message["status"]):
                 return
-            await self._decide(message["status"], streams=_may_stream(message))
+            streams = _may_stream(message)
+            await self._decide(message["status"], streams=streams)
+            self.unit.loans.cut_off = streams
         elif kind in _CHUNKS:
             if not message.get("more_body", False):
+                self.unit.loans.cut_off = False
                 await self._give_back()
         elif not self._started and kind in {"websocket.accept", "websocket.close"}:
             await self._shake_hands(_SWITCHED if kind == "websocket.accept" else _FORBIDDEN)

@@ -74,6 +74,8 @@ class AsyncLoan:
     """One borrowed connection, and what is known about its transaction.
 
     Attributes:
+        abandoned: a body may stand in the middle of its transaction, and be closed when somebody else has
+            the connection (a cursor of psycopg's sends CLOSE then): the session is ended at its end.
         commits_at_end: the answer has left its transaction open.
         conn: the driver's connection; None until it is borrowed.
         equipping: marks who runs `on_first_use` on it just now; None: nobody.
@@ -88,6 +90,7 @@ class AsyncLoan:
         "_over",
         "_pid",
         "_task",
+        "abandoned",
         "commits_at_end",
         "conn",
         "equipping",
@@ -98,6 +101,7 @@ class AsyncLoan:
 
     def __init__(self, pool: Any, *, autocommit: bool) -> None:
         self.name: str = pool.name
+        self.abandoned = False
         self.commits_at_end = False
         self.conn: Any = None
         self.equipping: object | None = None
@@ -244,6 +248,8 @@ class AsyncLoan:
         if self._over:
             return False
         lost = False
+        if self.abandoned and self.activity() not in {Activity.IDLE, Activity.BROKEN}:
+            self._lease._slot.link.discard()  # noqa: SLF001  the server rolls back
         try:
             lost = error is None and await self._roll_back_asking()
             clean = self.activity() is Activity.IDLE
@@ -284,12 +290,14 @@ class AsyncLoans:
         answered: how it ended, for the same warnings; "" if it is not known.
         refused: it ended with an error that somebody was told of.
         over: why nothing can be borrowed any more, as an error; None while it can.
+        cut_off: a body that streams has not come to its end, and may never.
     """
 
     def __init__(self, where: Callable[[], str]) -> None:
         self.where = where
         self.answered = ""
         self.refused = False
+        self.cut_off = False
         self.over: Callable[[], MisuseError] | None = None
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._open: dict[str, AsyncLoan] = {}
@@ -409,6 +417,7 @@ class AsyncLoans:
         if (shared or streams) and activity is Activity.IN_TRANSACTION:
             written = await loan.written()
             if written is Written.BESIDE_A_CURSOR:
+                loan.abandoned = True
                 raise self._would_close_a_cursor(loan)
             loan.commits_at_end = not written
             return bool(written)
@@ -469,6 +478,7 @@ class AsyncLoans:
         await self.give_all_back(error)
 
     async def _give_back(self, loan: AsyncLoan, error: BaseException | None) -> None:
+        loan.abandoned = loan.abandoned or self.cut_off
         if error is None and loan.commits_at_end and loan.activity() is Activity.IN_TRANSACTION:
             try:
                 # What the body has written itself, it commits itself.

@@ -5,6 +5,7 @@ run in the app's own).
 """
 
 import asyncio
+import contextlib
 import gzip
 
 import pytest
@@ -250,6 +251,41 @@ async def test_a_client_that_leaves_a_late_answer_loses_nobody_a_connection(shop
             assert (await answer(app, "2.4"))[0] == 0
         await shop.comes_back()
         assert shop.kept() == set()
+
+
+@cut_off
+@pytest.mark.parametrize("writes", [False, True], ids=["its client leaves", "it is refused"])
+@on_a_loop
+async def test_a_body_that_nobody_goes_on_with_harms_nobody_who_has_its_connection_later(
+    writes, shop
+):
+    async with shop:
+        bodies = []
+
+        async def view(request):
+            conn = await shop.db.connection()
+            assert await shop.value("select 1", conn) == 1
+            if writes:
+                await shop.write("work")
+            bodies.append(rows(shop, conn))
+            return StreamingResponse(bodies[-1])
+
+        async def leaves(message):
+            if message.get("body"):
+                raise OSError("the client has gone")
+
+        async def app(scope, receive, send):
+            await app_of(shop, "gzip db")(scope, receive, send if writes else leaves)
+
+        shop.view(view)
+        assert (await answer(app, "2.4"))[0] in {0, 500}
+        async with shop.db.unit():
+            await shop.write("next")
+            with contextlib.suppress(Exception):  # its session has ended
+                await bodies[0].aclose()
+            await shop.write("more")
+        assert shop.kept() == {"next", "more"}
+        assert shop.warnings() == []
 
 
 @pytest.mark.parametrize("order", ["db gzip", "gzip db"])
