@@ -115,7 +115,8 @@ def test_an_option_has_its_effect_or_is_refused_by_name(
             assert f"option {key!r}" in str(wrong.value)
             assert "hunter2" not in str(wrong.value)
             continue
-        with ConnectionPool.from_config(config.replace(timeout=20.0)) as pool:
+        # Of four: a smaller pool gives a connect less time than connect_timeout= here.
+        with ConnectionPool.from_config(config.replace(timeout=20.0, max_size=4)) as pool:
             if row.fails is not None:
                 with pytest.raises(ServerUnavailable) as caught:
                     pool.getconn(timeout=1.0)
