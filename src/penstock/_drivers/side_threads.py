@@ -29,6 +29,10 @@ T = TypeVar("T")
 #: Each can be held up by a resolver for as long as that likes.
 LIMIT: Final = 8
 
+#: Seconds after which a call is no longer joined: a resolver that hangs once would stop everybody who
+#: asks for that name, until it returns. glibc gives a name server that is gone 5 s.
+JOINED_WITHIN: Final = 5.0
+
 
 class _Outcome:
     """What a call returned or raised."""
@@ -47,38 +51,42 @@ class _Outcome:
 class _Call:
     """One call, and the futures of those who wait for its outcome."""
 
-    __slots__ = ("function", "key", "waiters")
+    __slots__ = ("began", "function", "key", "waiters")
 
     def __init__(self, key: Hashable, function: Callable[[], Any]) -> None:
         self.key = key
         self.function = function
+        self.began = inf  # when a thread took it
         self.waiters: list[asyncio.Future[_Outcome | None]] = []
 
 
 class SideThreads:
     """At most `limit` daemon threads, started when there is something to call."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
+    def __init__(self, limit: int = LIMIT, joined_within: float = JOINED_WITHIN) -> None:
         self._limit = limit
+        self._joined_within = joined_within
         self._lock = Lock()
-        self._calls: dict[Hashable, _Call] = {}  # queued or under way
+        self._calls: dict[Hashable, _Call] = {}  # those that may be joined, queued or under way
         self._queue: deque[_Call] = deque()
         self._threads = 0
 
     async def call(self, key: Hashable, function: Callable[[], T], deadline: float) -> T:
         """Have `function` called in a thread and wait for what it returns or raises.
 
-        Calls with an equal key share one while it lasts. Cancelled or too late, the waiting ends
-        at once; a call that has begun goes on by itself, one that has not is dropped.
+        Calls with an equal key share one, unless it has been under way for `JOINED_WITHIN` seconds.
+        Cancelled or too late, the waiting ends at once; a call that has begun goes on by itself, one
+        that has not is dropped.
 
         Raises:
             TimeoutError: not in time.
         """
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[_Outcome | None] = loop.create_future()
-        timer = None
+        timer = call = None
         try:
-            if self._enter(key, function, waiter):
+            call, wanted = self._enter(key, function, waiter)
+            if wanted:
                 self._start()
             if deadline != inf:
                 left = max(0.0, deadline - monotonic())
@@ -87,7 +95,8 @@ class SideThreads:
         finally:
             if timer is not None:
                 timer.cancel()
-            self._leave(waiter)
+            if call is not None:
+                self._leave(call, waiter)
         if outcome is None:
             raise TimeoutError
         if outcome.error is not None:
@@ -96,17 +105,17 @@ class SideThreads:
 
     def _enter(
         self, key: Hashable, function: Callable[[], Any], waiter: asyncio.Future[_Outcome | None]
-    ) -> bool:
+    ) -> tuple[_Call, bool]:
         """Join the call or queue it; whether one more thread is to be started."""
         with self._lock:
             call = self._calls.get(key)
-            if call is None:
+            if call is None or monotonic() - call.began > self._joined_within:
                 call = self._calls[key] = _Call(key, function)
                 self._queue.append(call)
             call.waiters.append(waiter)
             wanted = bool(self._queue) and self._threads < self._limit
             self._threads += wanted
-        return wanted
+        return call, wanted
 
     def _start(self) -> None:
         try:
@@ -117,12 +126,10 @@ class SideThreads:
                 self._threads -= 1
             raise
 
-    def _leave(self, waiter: asyncio.Future[_Outcome | None]) -> None:
+    def _leave(self, call: _Call, waiter: asyncio.Future[_Outcome | None]) -> None:
         with self._lock:
-            for call in self._calls.values():
-                if waiter in call.waiters:
-                    call.waiters.remove(waiter)
-                    return
+            if waiter in call.waiters:
+                call.waiters.remove(waiter)
 
     def _work(self) -> None:
         while (call := self._next()) is not None:
@@ -133,6 +140,7 @@ class SideThreads:
             while self._queue:
                 call = self._queue.popleft()
                 if call.waiters:
+                    call.began = monotonic()
                     return call
                 del self._calls[call.key]
             self._threads -= 1
@@ -140,7 +148,8 @@ class SideThreads:
 
     def _finish(self, call: _Call, outcome: _Outcome) -> None:
         with self._lock:
-            del self._calls[call.key]
+            if self._calls.get(call.key) is call:  # else a later one has its place
+                del self._calls[call.key]
             waiters, call.waiters = call.waiters, []
         for waiter in waiters:
             try:
