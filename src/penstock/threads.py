@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from penstock._machine.slot import Slot
     from penstock._machine.tally import Stats
     from penstock.config import Options
+    from penstock.errors import PenstockError
 
 ConnT = TypeVar("ConnT")
 
@@ -275,7 +276,9 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         """
         slot = None
         try:
-            slot = self._lent(self._getconns.pop(id(conn), None), conn)
+            slot = self._getconns.pop(id(conn), None)
+            if slot is None or slot.link.conn is not conn:
+                raise self._not_lent()  # noqa: TRY301  a call less where it is lent
             slot.loose = False
             if self._plain and not getattr(slot.link, "held", False) and slot.link.park():
                 answer = self._machine.put(slot)
@@ -447,10 +450,8 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         notice_fork()
         return self._reporter.line(type(self).__name__)
 
-    def _lent(self, slot: Slot | None, conn: ConnT) -> Slot:
-        if slot is not None and slot.link.conn is conn:
-            return slot
-        raise self._reporter.misuse(
+    def _not_lent(self) -> PenstockError:
+        return self._reporter.misuse(
             "putconn() got a connection that is not lent by getconn() of this pool",
             "give each connection back once, to the pool that it came from",
         )
