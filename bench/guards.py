@@ -135,7 +135,7 @@ GUARDS: dict[str, tuple[list[Function], list[Guard]]] = {
     ]),
     "psycopg2": (PSYCOPG2, [
         Guard("dead class while returned: put on and off",
-              ("conn.__class__ = link.live", "conn.__class__ = link.dead")),
+              ("link.real.__class__ = link.live", "conn.__class__ = link.dead")),
         Guard("transaction status, libpq's and psycopg2's", ("link.status()", "conn.status != 1")),
         Guard("types that were registered on it", ("link.odd_types",)),
         *OF_ALL, HOLDER,
@@ -149,7 +149,7 @@ GUARDS: dict[str, tuple[list[Function], list[Guard]]] = {
     ]),
     "asyncpg": (ASYNCPG, [
         Guard("dead protocol while returned: put in and out",
-              ("self.conn._protocol = self.lent", "conn._protocol = DEAD")),
+              ("self.real._protocol = self.lent", "conn._protocol = DEAD")),
         Guard("old statements and cursors (asyncpg's count of releases)",
               ("conn._pool_release_ctr += 1",)),
         Guard("transaction status", ("self.protocol.is_in_transaction()", "conn._top_xact is not None")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +33,12 @@ os.environ["PENSTOCK_SEED"] = str(SEED)  # the workers of pytest-xdist have the 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make hypothesis use the seed that is printed, unless it was given one."""
+    """Make hypothesis use the seed that is printed, unless it was given one; and let SIGINT interrupt.
+
+    `nohup make test &`, and some CI systems, start it with SIGINT ignored, which every child inherits.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if getattr(config.option, "hypothesis_seed", "absent") is None:
         config.option.hypothesis_seed = str(SEED)
 
