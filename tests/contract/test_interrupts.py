@@ -524,21 +524,59 @@ class Report:
         )
 
 
+#: A signal waits for the next place where the interpreter looks for one, some 19 instructions on: every 8th
+#: instruction is tried, and between two that were struck at different places all that may be another.
+STRIDE = 8
+
+
 def interrupt_everywhere(tripwire, act, *, hostile=False, stop_at=3, **options):
-    """Run the act once per instruction, interrupted there; stops at the `stop_at`-th fault."""
+    """Interrupt the act wherever it can be; stops at the `stop_at`-th fault.
+
+    An exception is raised at each of its instructions (`hostile`), a signal where it is looked for.
+    """
     report = Report()
-    options = act.options | options
-    pool = new_pool(act.size, **options)
-    k = 0
-    while len(report.faults) < stop_at:
-        k += 1
+    strike = Strike(tripwire, act, report, hostile=hostile, options=act.options | options)
+    stride = 1 if hostile else STRIDE
+    k = 1
+    while strike(k) and len(report.faults) < stop_at:
+        k += stride
+        strike_between(strike, k - stride, k, lambda: len(report.faults) < stop_at)
+    print(report)
+    return report
+
+
+def strike_between(strike, low, high, goes_on):
+    """Strike all that may be at another place than both ends: the place never goes back as k grows."""
+    if high - low > 1 and goes_on() and strike(low) != strike(high):
+        middle = (low + high) // 2
+        strike_between(strike, low, middle, goes_on)
+        strike_between(strike, middle, high, goes_on)
+
+
+class Strike:
+    """Runs an act, interrupted at its k-th instruction, and looks for what that left behind, once for each k."""
+
+    def __init__(self, tripwire, act, report, *, hostile, options):
+        self._tripwire, self._act, self._report = tripwire, act, report
+        self._hostile, self._options = hostile, options
+        self._pool = new_pool(act.size, **options)
+        self._places = {}
+
+    def __call__(self, k):
+        """Where it was interrupted; None: it has fewer instructions."""
+        if k not in self._places:
+            self._places[k] = self._run(k)
+        return self._places[k]
+
+    def _run(self, k):
+        report, act, pool = self._report, self._act, self._pool
         act.set_up(pool)
-        place, count = tripwire.run(partial(act.run, pool), k, hostile=hostile)
-        held = release_locks(pool) if hostile else 0
+        place, count = self._tripwire.run(partial(act.run, pool), k, hostile=self._hostile)
+        held = release_locks(pool) if self._hostile else 0
         if held:
             report.locks_held.append(place)
         left = act.clean_up(pool) or pool
-        if hostile:
+        if self._hostile:
             act.clean_up_after_the_impossible(pool)
         faults = act.others.join() + faults_of(
             left, None if left is not pool else pool._driver.sessions
@@ -549,14 +587,11 @@ def interrupt_everywhere(tripwire, act, *, hostile=False, stop_at=3, **options):
             report.places.add(place)
         if faults:
             release_locks(pool)
-            if len(report.faults) >= stop_at:
-                break
-            pool = new_pool(act.size, **options)
+            self._pool = new_pool(act.size, **self._options)
         if count < k:
-            report.instructions = count
-            break
-    print(report)
-    return report
+            report.instructions = max(count, report.instructions)
+            return None
+        return place or "the act was over"
 
 
 def release_locks(pool):

@@ -6,14 +6,13 @@ In an environment of its own, which is made here and thrown away.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.old_libraries import python_with
 
 from penstock._drivers import asyncpg_private, psycopg2_private, psycopg3_private
 
@@ -27,9 +26,6 @@ WANTED = [
     f"asyncpg=={asyncpg_private.LIBRARY.least}",
     "gevent==23.9.*",
 ]
-#: What pip says where there is no index, or none that has these for this interpreter.
-NO_WHEEL = re.compile("No matching distribution|Could not find a version|connection broken|Errno")
-
 PROGRAM = Path(__file__).with_name("every_option.py")
 
 
@@ -37,7 +33,7 @@ def run(*command: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*map(str, command)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
         check=False,
@@ -48,14 +44,7 @@ def run(*command: Any) -> subprocess.CompletedProcess[str]:
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An interpreter with the oldest libraries."""
     folder = tmp_path_factory.mktemp("lowest")
-    venv.create(folder, with_pip=True)
-    found = folder / "bin" / "python"
-    pip = [found, "-m", "pip", "install", "--quiet", "--only-binary", ":all:"]
-    done = run(*pip, "--disable-pip-version-check", *WANTED)
-    if done.returncode and NO_WHEEL.search(done.stderr):
-        pytest.skip(f"pip finds no wheels of these for Python {sys.version.split()[0]}: {WANTED}")
-    assert not done.returncode, done.stderr
-    return found
+    return python_with(folder, "--only-binary=:all:", *WANTED)
 
 
 @pytest.mark.parametrize("runtime", ["threads", "gevent", "asyncio"])

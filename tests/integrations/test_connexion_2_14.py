@@ -7,12 +7,12 @@ from the package index. Where there is none, there is nothing to test with.
 from __future__ import annotations
 
 import subprocess
-import venv
 from typing import TYPE_CHECKING
 
 import pytest
 from tests.integrations.bank_app import ORIGIN, ROOT, BankApp
 from tests.integrations.bank_checks import check_answers, check_refusals, check_sessions
+from tests.old_libraries import python_with
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,25 +23,11 @@ if TYPE_CHECKING:
 PACKAGES = ("connexion[flask,swagger-ui]==2.14.*", "flask-cors", "gunicorn")
 
 
-def pip(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An interpreter that has Connexion 2.14, its Flask, and penstock from this checkout."""
     folder = tmp_path_factory.mktemp("connexion2")
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    done = pip(python, "install", *PACKAGES, f"{ROOT}[psycopg-binary]")
-    if done.returncode:
-        # One small package that everybody has: is it ours that fails, or is there no index?
-        reached = pip(python, "download", "--no-deps", "--no-cache-dir", f"--dest={folder}", "six")
-        if reached.returncode:
-            pytest.skip(f"needs a package index: {reached.stderr.strip().splitlines()[-1]}")
-        pytest.fail(done.stderr)
-    return python
+    return python_with(folder, *PACKAGES, f"{ROOT}[psycopg-binary]")
 
 
 @pytest.fixture(scope="module", params=["sync", "gthread"])

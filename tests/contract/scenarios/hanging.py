@@ -60,16 +60,17 @@ def is_named(error, option):
 
 @scenario
 async def a_callable_that_hangs_is_named_and_its_pool_serves_again(w):
-    in_a_hurry(w, 0.5)
-    for option in OPTIONS:
-        service, pool = pool_that_asks(w, option)
-        borrowers = [w.borrow(pool, 3.0) for _ in range(3)]
+    in_a_hurry(w, 0.3)
+    asking = [(option, *pool_that_asks(w, option)) for option in OPTIONS]
+    waiting = [[w.borrow(pool, 1.5) for _ in range(3)] for _, _, pool in asking]
+    for (option, service, pool), borrowers in zip(asking, waiting, strict=True):
         for borrower in borrowers:
             await borrower.wait()
             assert isinstance(borrower.error, ServerUnavailable), borrower.error
             assert is_named(borrower.error, option)
         assert not pool.health().ready
         assert service.calls >= 2
+    for _, service, pool in asking:
         service.well = True
         assert (await pool.execute("select 1")).fetchall() == [(1,)]
         assert pool.health().ready
@@ -93,16 +94,20 @@ async def the_error_names_the_callable_before_its_right_is_taken_back(w):
 
 @scenario
 async def a_callable_that_hangs_is_named_while_a_connection_is_lent(w):
-    for option in OPTIONS:
-        service, pool = pool_that_asks(w, option)
+    asking = [(option, *pool_that_asks(w, option)) for option in OPTIONS]
+    for _, service, _ in asking:
         service.well = True
-        lent = await pool.getconn()
+    lents = [await pool.getconn() for *_, pool in asking]
+    for _, service, _ in asking:
         service.well = False
-        for _ in range(2):
-            with pytest.raises(ServerUnavailable) as told:
-                await pool.getconn(timeout=1.0)
-            assert is_named(told.value, option)
-            assert "1 of 2 in use" in str(told.value)
+    for _ in range(2):
+        waiting = [w.borrow(pool, 1.0) for *_, pool in asking]
+        for (option, *_), borrower in zip(asking, waiting, strict=True):
+            await borrower.wait()
+            assert isinstance(borrower.error, ServerUnavailable), borrower.error
+            assert is_named(borrower.error, option)
+            assert "1 of 2 in use" in str(borrower.error)
+    for (_, service, pool), lent in zip(asking, lents, strict=True):
         assert pool.health().ready, "what is lent works"
         await pool.putconn(lent)
         service.well = True

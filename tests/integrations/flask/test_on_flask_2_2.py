@@ -7,16 +7,14 @@ import os
 import re
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
+from tests.old_libraries import python_with
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 WANTED = ["flask[async]==2.2.*", "werkzeug==2.2.*", "psycopg[binary]", "psycopg2-binary", "pytest"]
-#: What pip says where there is no index, or none that has these.
-NO_INDEX = re.compile("No matching distribution|Could not find a version|connection broken|Errno")
 
 
 def run(*command, **environment):
@@ -33,14 +31,7 @@ def run(*command, **environment):
 @pytest.fixture
 def python(tmp_path):
     """An interpreter with an old Flask."""
-    venv.create(tmp_path / "old", with_pip=True)
-    found = tmp_path / "old" / "bin" / "python"
-    pip = [found, "-m", "pip", "install", "--quiet", "--no-cache-dir"]
-    done = run(*pip, "--disable-pip-version-check", *WANTED)
-    if done.returncode and NO_INDEX.search(done.stderr):
-        pytest.skip("pip finds no package index that has Flask 2.2")
-    assert not done.returncode, done.stderr
-    return found
+    return python_with(tmp_path / "old", *WANTED)
 
 
 def test_every_test_of_this_folder_passes_on_flask_2_2(python, server):
@@ -53,7 +44,6 @@ def test_every_test_of_this_folder_passes_on_flask_2_2(python, server):
         *("-p", "no:cacheprovider", "-W", "default", "--ignore", __file__),
         PYTHONPATH=str(ROOT / "src"),
         PENSTOCK_PG_BIN=str(server.binaries.path),
-        PYTHONDONTWRITEBYTECODE="1",
     )
     assert done.returncode == 0, done.stdout[-8000:]
     said = re.search(r"(\d+) passed", done.stdout)
