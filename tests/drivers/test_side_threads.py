@@ -77,13 +77,12 @@ async def test_equal_keys_share_one_call_while_it_lasts(gate: threading.Event) -
 
 @async_test
 async def test_a_call_that_hangs_is_joined_no_longer(gate: threading.Event) -> None:
-    threads = SideThreads(joined_within=0.02)
+    threads = SideThreads()
     hanging = asyncio.ensure_future(threads.call("same", held_by(gate, "late"), inf))
     await until(lambda: bool(threads._calls) and threads._calls["same"].began < inf)
     with pytest.raises(TimeoutError):
         await threads.call("same", lambda: "joined, never called", monotonic() + 0.02)
-    began = threads._calls["same"].began
-    await until(lambda: monotonic() > began + 0.02)
+    threads._calls["same"].began -= side_threads.JOINED_WITHIN
     assert await threads.call("same", lambda: "anew", monotonic() + SECONDS) == "anew"
     gate.set()
     assert await hanging == "late"

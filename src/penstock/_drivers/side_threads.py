@@ -63,9 +63,8 @@ class _Call:
 class SideThreads:
     """At most `limit` daemon threads, started when there is something to call."""
 
-    def __init__(self, limit: int = LIMIT, joined_within: float = JOINED_WITHIN) -> None:
+    def __init__(self, limit: int = LIMIT) -> None:
         self._limit = limit
-        self._joined_within = joined_within
         self._lock = Lock()
         self._calls: dict[Hashable, _Call] = {}  # those that may be joined, queued or under way
         self._queue: deque[_Call] = deque()
@@ -109,7 +108,7 @@ class SideThreads:
         """Join the call or queue it; whether one more thread is to be started."""
         with self._lock:
             call = self._calls.get(key)
-            if call is None or monotonic() - call.began > self._joined_within:
+            if call is None or monotonic() - call.began > JOINED_WITHIN:
                 call = self._calls[key] = _Call(key, function)
                 self._queue.append(call)
             call.waiters.append(waiter)
