@@ -154,7 +154,7 @@ def test_everything_bounded_ends_in_time_when_the_server_is_frozen(
                 link.discard()
             await links[4].close()
             assert monotonic() - began < SECONDS / 2
-            await comes_true(lambda: sockets() == before)
+            await comes_true(lambda: sockets() <= before)
             assert asyncio.all_tasks() == {asyncio.current_task()}
         finally:
             # Else a failure would hang: with warnings as errors, as here, uvloop's close() waits for
@@ -222,7 +222,7 @@ def test_close_is_polite_and_can_be_repeated(running: tuple[Server, str], loop: 
         await link.close()
         await link.close()
         link.discard()
-        await comes_true(lambda: sockets() == before)
+        await comes_true(lambda: sockets() <= before)
         await asyncio.to_thread(until, lambda: pid not in server.backends())
         assert link.activity() is Activity.BROKEN
 
@@ -294,7 +294,7 @@ def test_discard_works_after_the_loop_and_complains_about_nothing(
         link = run(main(lent))
         link.discard()
         link.discard()
-        assert sockets() == before
+        assert sockets() <= before
         del link
         gc.collect()
 

@@ -97,14 +97,17 @@ async def a_connect_to_a_server_that_says_nothing():
     begin(pool.execute("select 1"))
     await until(lambda: pool.stats().opening == 1)
     listening.setblocking(False)
-    accepted, _ = await asyncio.get_running_loop().sock_accept(listening)
-    kept.append(accepted)
-    await asyncio.get_running_loop().sock_recv(accepted, 1)  # it has sent what comes first
+    async def has_sent_what_comes_first():
+        accepted, _ = await asyncio.get_running_loop().sock_accept(listening)
+        kept.append(accepted)
+        await asyncio.get_running_loop().sock_recv(accepted, 1)
+    await has_sent_what_comes_first()
     async def dedicated():
         async with pool.dedicated():
             pass
     begin(dedicated())
-    await asyncio.sleep(0.02)
+    # Sooner, asyncpg has a future that nobody would look at: it says so when it is freed.
+    await has_sent_what_comes_first()
 
 async def a_name_that_is_never_resolved():
     never, asked = threading.Event(), threading.Event()

@@ -199,7 +199,7 @@ def test_a_demo_that_is_killed_leaves_nothing_either(demo_in_folder: StartDemo) 
     until(lambda: not run.left_behind())
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for what nobody announces."""
     deadline = time.monotonic() + seconds
     while not condition():
