@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from penstock._drivers import DriverNotFoundError
-from penstock._machine.tally import Stats
+from penstock._machine.stats import Stats
 from penstock.config import PoolConfig
 from penstock.errors import (
     ConfigError,

@@ -25,6 +25,7 @@ from penstock import _drivers, fork, loops, watch
 from penstock._machine.hanging import CONNECT_SECONDS
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
 from penstock._machine.slot import SlotState
+from penstock._machine.stats import Stats, snapshot
 from penstock.async_borrowing import AsyncBorrowing
 from penstock.async_dedicated import AsyncDedicated, opened_aside
 from penstock.async_lease import AsyncCarefulLease, AsyncLease
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
     from penstock._drivers.protocol import AsyncDriver
     from penstock._machine.slot import Slot
-    from penstock._machine.tally import Stats
     from penstock.config import AsyncOptions
     from penstock.reports import Health
 
@@ -475,7 +475,7 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
     def stats(self) -> Stats:
         """A snapshot of the pool's figures."""
         notice_fork()
-        return self._machine.stats(self.name, clock())
+        return snapshot(self._machine, self.name, clock())
 
     def health(self) -> Health:
         """Whether the pool can serve, why not, and since when: from its state, in microseconds.

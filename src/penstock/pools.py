@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from penstock._machine.tally import Stats
+    from penstock._machine.stats import Stats
     from penstock.aio import AsyncConnectionPool
     from penstock.config import PoolConfig
     from penstock.reports import Health

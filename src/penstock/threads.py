@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, cast, ov
 from penstock import _drivers, fork, hub, keeper, watch
 from penstock._machine.locked import LockedMachine
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
+from penstock._machine.stats import Stats, snapshot
 from penstock.borrowing import FOREVER, Borrowing, notice_fork
 from penstock.clock import clock
 from penstock.config import PoolConfig
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
 
     from penstock._drivers.protocol import Driver
     from penstock._machine.slot import Slot
-    from penstock._machine.tally import Stats
     from penstock.config import Options
     from penstock.errors import PenstockError
 
@@ -432,7 +432,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
     def stats(self) -> Stats:
         """A snapshot of the pool's figures."""
         notice_fork()
-        return self._machine.stats(self.name, clock())
+        return snapshot(self._machine, self.name, clock())
 
     def health(self) -> Health:
         """Whether the pool can serve, why not, and since when: from its state, in microseconds.

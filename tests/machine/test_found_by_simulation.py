@@ -6,6 +6,7 @@ from penstock._machine.machine import DONE, Machine, Refusal, Verdict, Waiter
 from penstock._machine.orders import Close, Open, TickAt
 from penstock._machine.policy import Limits
 from penstock._machine.slot import Reason, Slot, SlotRef, SlotState
+from penstock._machine.stats import snapshot
 
 
 def machine_with(**limits):
@@ -133,7 +134,7 @@ def test_who_is_refused_after_a_failed_ping_is_counted():
     machine.close(2.0)
     machine.ping_failed(slot, waiter, 3.0)
     assert waiter.refusal is Refusal.CLOSED
-    assert machine.stats("it", 3.0).refused == 1
+    assert snapshot(machine, "it", 3.0).refused == 1
 
 
 def test_who_was_refused_just_before_his_time_was_up_did_not_time_out_as_well():
@@ -143,7 +144,7 @@ def test_who_was_refused_just_before_his_time_was_up_did_not_time_out_as_well():
     machine.queue_up(waiter, 0.0)
     machine.close(1.0)
     machine.give_up(waiter, 1.0, timed_out=True)
-    stats = machine.stats("it", 1.0)
+    stats = snapshot(machine, "it", 1.0)
     assert (stats.refused, stats.timeouts) == (1, 0)
 
 

@@ -17,7 +17,8 @@ from penstock._machine.policy import (
     retire_at,
     retry_delay,
 )
-from penstock._machine.tally import WAIT_EDGES, Tally, wait_quantile
+from penstock._machine.stats import snapshot, wait_quantile
+from penstock._machine.tally import WAIT_EDGES, Tally
 
 if TYPE_CHECKING:
     from penstock._machine.slot import SlotRef
@@ -192,7 +193,7 @@ def test_waits_off_both_ends_of_the_histogram_are_counted():
 def test_stats_tell_what_happened():
     outage = Outage(1.0, waiters=3, max_size=2, min_size=0)
     outage.run(3.0)
-    stats = outage.machine.stats("shop", 3.0)
+    stats = snapshot(outage.machine, "shop", 3.0)
     assert (stats.name, stats.state, stats.min_size, stats.max_size) == ("shop", "open", 0, 2)
     assert (stats.in_use, stats.size, stats.waiting) == (2, 2, 1)
     assert stats.longest_waiting == 3.0
@@ -205,8 +206,8 @@ def test_stats_tell_what_happened():
     assert first is not None
     outage.machine.put(first)
     del first
-    stats = outage.machine.stats("shop", 3.0)
+    stats = snapshot(outage.machine, "shop", 3.0)
     assert (stats.timeouts, stats.borrows, stats.idle, stats.in_use) == (1, 1, 1, 1)
     assert (stats.queued, stats.longest_wait) == (3, 3.0)  # it waited, though in vain
     outage.carry_out(outage.machine.drain(4.0), 4.0)
-    assert outage.machine.stats("shop", 4.0).generation == 1
+    assert snapshot(outage.machine, "shop", 4.0).generation == 1

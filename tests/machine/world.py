@@ -28,6 +28,7 @@ from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, 
 from penstock._machine.pace import AFTER, FIRST_WAVE, WAVE_EVERY
 from penstock._machine.silence import PROBES, RESERVE, patience
 from penstock._machine.slot import Reason, Slot, SlotRef, SlotState
+from penstock._machine.stats import snapshot
 from penstock.testing import FakeClock, FakeDriver, FakeError, FakeLink, FakeServer, Mode
 
 if TYPE_CHECKING:
@@ -703,7 +704,7 @@ class World:
 
     def _check_counters(self) -> None:
         machine, tally = self.machine, self.machine.tally
-        stats = machine.stats("it", self.now)
+        stats = snapshot(machine, "it", self.now)
         unseen = sum(seat.waiter.refusal is not None for seat in self.seats)
         in_use = sum(slot.state is SlotState.IN_USE for slot in machine.slots())
         assert stats.in_use == in_use

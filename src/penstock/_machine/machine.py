@@ -80,7 +80,7 @@ from .silence import (
     silent_since,
 )
 from .slot import Move, Reason, Slot, SlotRef, SlotState, refer_to
-from .tally import Stats, Tally, snapshot
+from .tally import Tally
 from .waiter import Refusal, Waiter
 
 if TYPE_CHECKING:
@@ -646,10 +646,6 @@ class Machine:
     def lacks_connections(self) -> bool:
         """Whether there are fewer than there may be: one more could have served a borrower that got none."""
         return self._connected() < self.limits.max_size
-
-    def stats(self, name: str, now: float) -> Stats:
-        """A snapshot."""
-        return snapshot(self, name, now)
 
     # -- giving -----------------------------------------------------------------------------------
 
