@@ -22,8 +22,8 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast, overload
 
 from penstock import _drivers, fork, loops, watch
-from penstock._machine.hanging import CONNECT_SECONDS
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
+from penstock._machine.progress import CONNECT_SECONDS
 from penstock._machine.slot import SlotState
 from penstock._machine.stats import Stats, snapshot
 from penstock.async_borrowing import AsyncBorrowing

@@ -14,7 +14,7 @@ from dataclasses import replace
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
-from penstock._machine.hanging import CONNECT_SECONDS, Progress
+from penstock._machine.progress import CONNECT_SECONDS, Progress
 from penstock.clock import clock
 from penstock.opening import (
     DIAGNOSE_SECONDS,

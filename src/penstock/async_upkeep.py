@@ -27,8 +27,8 @@ from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock import loops, watch
-from penstock._machine.hanging import BRIEF_SECONDS, CONNECT_SECONDS
 from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TakeBack, TickAt
+from penstock._machine.progress import BRIEF_SECONDS, CONNECT_SECONDS
 from penstock._machine.slot import Reason, Slot, SlotRef
 from penstock.async_opening import called
 from penstock.clock import clock
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine
     from weakref import ref
 
-    from penstock._machine.hanging import Progress
     from penstock._machine.machine import Machine
+    from penstock._machine.progress import Progress
     from penstock.async_opening import AsyncOpener
     from penstock.config import PoolConfig
     from penstock.errors import PenstockError

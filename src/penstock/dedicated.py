@@ -13,7 +13,7 @@ import queue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from penstock import hub
-from penstock._machine.hanging import CONNECT_SECONDS, Progress
+from penstock._machine.progress import CONNECT_SECONDS, Progress
 from penstock.borrowing import notice_fork
 from penstock.clock import clock
 from penstock.opening import Failure, explain_hanging

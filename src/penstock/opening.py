@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from penstock._drivers.adopting import ConnectRaised, NotAdopted
 from penstock._drivers.protocol import Activity, Diagnosis, Recipe
-from penstock._machine.hanging import CONNECT_SECONDS, Progress
+from penstock._machine.progress import CONNECT_SECONDS, Progress
 from penstock.alarm import Alarm
 from penstock.clock import clock
 from penstock.config import application_name

@@ -36,8 +36,8 @@ from penstock.stacks import holder_report, seen
 if TYPE_CHECKING:
     from types import FrameType
 
-    from penstock._machine.hanging import Progress
     from penstock._machine.outage import Outage
+    from penstock._machine.progress import Progress
     from penstock._machine.slot import Slot
     from penstock.opening import Failure
 

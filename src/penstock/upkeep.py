@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from penstock import hub, keeper, watch
 from penstock._drivers import green
-from penstock._machine.hanging import BRIEF_SECONDS, CONNECT_SECONDS
 from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TakeBack, TickAt
+from penstock._machine.progress import BRIEF_SECONDS, CONNECT_SECONDS
 from penstock._machine.slot import Reason, Slot, SlotRef
 from penstock.clock import clock
 from penstock.errors import PenstockError, PoolTimeout

@@ -21,7 +21,7 @@ def in_a_hurry(monkeypatch):
         for constant in ("CONNECT_SECONDS", "BRIEF_SECONDS"):
             monkeypatch.setattr(f"penstock.{name}.{constant}", 0.1)
     monkeypatch.setattr("penstock.async_opening.DIAGNOSE_SECONDS", 0.1)
-    monkeypatch.setattr("penstock._machine.hanging.GRACE", 0.05)
+    monkeypatch.setattr("penstock._machine.progress.GRACE", 0.05)
     monkeypatch.setattr("penstock._machine.hanging.EVERY", 0.01)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from penstock._machine.hanging import BRIEF_SECONDS, CONNECT_SECONDS, GRACE
 from penstock._machine.orders import Close, Open, TakeBack, TickAt
+from penstock._machine.progress import BRIEF_SECONDS, CONNECT_SECONDS, GRACE
 from penstock._machine.slot import Reason
 from tests.machine.mute import Mute
 

@@ -63,11 +63,12 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 from .asked import Asked
-from .hanging import BRIEF_SECONDS, CONNECT_SECONDS, Hanging, Progress
+from .hanging import Hanging
 from .orders import Close, Open, Order, Overdue, ReportOutage, TakeBack, TickAt
 from .outage import Outage
 from .pace import FIRST_WAVE, Pace
 from .policy import Limits, retire_at
+from .progress import BRIEF_SECONDS, CONNECT_SECONDS, Progress
 from .schedule import CONNECTED, due_times
 from .silence import (
     LONG_ONE_OF,

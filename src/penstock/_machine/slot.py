@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .hanging import Progress
+    from .progress import Progress
 
 
 class SlotState(Enum):

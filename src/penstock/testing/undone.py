@@ -19,7 +19,7 @@ from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock._machine.hanging import CONNECT_SECONDS
+from penstock._machine.progress import CONNECT_SECONDS
 from penstock._machine.slot import Slot, SlotState
 from penstock.clock import clock
 from penstock.opening import Opener
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
     from penstock._drivers.protocol import Recipe
-    from penstock._machine.hanging import Progress
+    from penstock._machine.progress import Progress
 
     Pool = ConnectionPool[Any]
 

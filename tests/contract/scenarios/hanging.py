@@ -22,7 +22,7 @@ def in_a_hurry(w, seconds=0.1):
         w.patch.setattr(f"penstock.{name}.CONNECT_SECONDS", seconds)
     for name in ("opening", "async_opening"):
         w.patch.setattr(f"penstock.{name}.DIAGNOSE_SECONDS", seconds)
-    w.patch.setattr("penstock._machine.hanging.GRACE", 0.05)
+    w.patch.setattr("penstock._machine.progress.GRACE", 0.05)
     w.patch.setattr("penstock._machine.hanging.EVERY", 0.01)
 
 
