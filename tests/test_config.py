@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from penstock.config import OPTIONS, PoolConfig, application_name
+from penstock.application_name import application_name
+from penstock.config import OPTIONS, PoolConfig
 from penstock.errors import ConfigError
 from penstock.redacted import redacted
 from penstock.secret import Secret

@@ -34,7 +34,16 @@ FLOORS = (
         "redacted",
     }
     | {"secret", "fork", "frames", "lock", "stacks"}
-    | {"conninfo", "sections", "inifile", "tomlfile", "settings", "sources"},
+    | {
+        "conninfo",
+        "spelling",
+        "application_name",
+        "sections",
+        "inifile",
+        "tomlfile",
+        "settings",
+        "sources",
+    },
     {
         "threads",
         "aio",

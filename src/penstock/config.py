@@ -2,8 +2,8 @@
 
 Whoever has a PoolConfig need not check again: numbers are numbers, in range, and fit each other.
 
-It must not know: how pools work, any driver. Files and environment variables are read by
-`sources.py`, which builds a PoolConfig. It calls none of the user's callables.
+It must not know: how pools work, any driver, files and environment variables (`sources.py` reads them). It
+calls none of the user's callables.
 
 No lock: values do not change.
 """
@@ -11,13 +11,8 @@ No lock: values do not change.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
-import os
-import re
-import sys
-import unicodedata
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
@@ -28,15 +23,15 @@ from penstock.conninfo import foreign
 from penstock.errors import ConfigError
 from penstock.redacted import redacted
 from penstock.secret import Hidden, Unfit, veiled
+from penstock.sources import Readable
+from penstock.spelling import resembling
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from penstock._drivers.protocol import AsyncDriver, Driver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class PoolConfig:
+class PoolConfig(Readable):
     """All options of a pool. Times are seconds.
 
     Values are checked and brought into one form (``5`` becomes ``5.0``); a wrong one raises
@@ -136,53 +131,6 @@ class PoolConfig:
         del changes  # no secret in a local variable of a frame that may raise
         refuse_unknown(list(given.value), pool=self.name)
         return PoolConfig(**{**{key: getattr(self, key) for key in OPTIONS}, **given.value})
-
-    @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any], *, name: str | None = None) -> PoolConfig:
-        """Read a mapping: connection settings and pool options side by side.
-
-        Args:
-            mapping: see docs/configuration.md for its keys; case does not matter, and texts are
-                converted to what the option wants.
-            name: the pool's name, unless the mapping has one.
-
-        Raises:
-            ConfigError: naming the key.
-        """
-        given = Hidden(mapping)
-        del mapping
-        config: PoolConfig = _sources().from_mapping(given, name)
-        return config
-
-    @classmethod
-    def from_env(cls, prefix: str = "PENSTOCK_") -> PoolConfig:
-        """Read environment variables: ``PENSTOCK_URL``, ``PENSTOCK_MAX_SIZE`` and so on.
-
-        Where no variable of the prefix says where to connect, ``DATABASE_URL`` does (with the
-        default prefix only); where that is not set either, libpq's own sources do.
-
-        Args:
-            prefix: what the variables' names begin with.
-
-        Raises:
-            ConfigError: naming the variable.
-        """
-        config: PoolConfig = _sources().from_env(prefix)
-        return config
-
-    @classmethod
-    def from_file(cls, path: str | Path, section: str | None = None) -> PoolConfig:
-        """Read one database's section of a TOML or INI file.
-
-        Args:
-            path: the suffix decides: ``.toml``; ``.ini``, ``.cfg``, ``.conf``.
-            section: its name; None: the only one, or the one named "default".
-
-        Raises:
-            ConfigError: naming key, file and line.
-        """
-        config: PoolConfig = _sources().from_file(path, section)
-        return config
 
     def limits(self) -> Limits:
         """Give the part that the machine decides by; None becomes "for ever"."""
@@ -381,17 +329,6 @@ class AsyncOptions(_CommonOptions, total=False):
 
 OPTIONS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(PoolConfig))
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(PoolConfig)}
-# What other pools call the same thing, for "did you mean". From psycopg2.pool, SQLAlchemy, DBUtils,
-# asyncpg, HikariCP and Django's OPTIONS.
-_FOREIGN = {
-    "minconn": "min_size", "maxconn": "max_size", "pool_size": "max_size",
-    "maxconnections": "max_size", "maximum_pool_size": "max_size", "minimum_idle": "min_size",
-    "mincached": "min_size", "pool_timeout": "timeout", "connection_timeout": "timeout",
-    "pool_recycle": "max_lifetime", "conn_max_age": "max_lifetime", "idle_timeout": "max_idle",
-    "max_inactive_connection_lifetime": "max_idle", "pool_pre_ping": "ping_after",
-    "dsn": "conninfo", "url": "conninfo", "connect_args": "kwargs", "setup": "on_borrow",
-    "init": "configure", "pool_name": "name",
-}  # fmt: skip
 
 
 def _or_forever(seconds: float | None) -> float:
@@ -419,68 +356,7 @@ def _refuse(key: str, pool: str | None) -> NoReturn:
     raise ConfigError(key, pool=pool, hint=hint)
 
 
-def resembling(key: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that was probably meant, by what other pools call it or by its letters."""
-    meant = _FOREIGN.get(key.lower())
-    close = difflib.get_close_matches(key.lower().replace("-", "_"), names, n=1)
-    return meant or (close[0] if close else None)
-
-
-def _sources() -> Any:
-    from penstock import sources  # noqa: PLC0415  it builds what is defined here
-
-    return sources
-
-
 def _kind(value: object) -> str:
     if isinstance(value, Unfit):
         return f"a value of type {value.kind}"
     return "a callable" if callable(value) else f"a value of type {type(value).__name__}"
-
-
-# -- application_name -----------------------------------------------------------------------------
-
-# PostgreSQL cuts names at NAMEDATALEN - 1 bytes, from the end: it would be the pid that is lost.
-_NAME_BYTES = 63
-
-
-def application_name(pool: str, *, app: str | None = None, pid: int | None = None) -> str:
-    """Make the name that pg_stat_activity shows: ``<app>/<pool>/<pid>``, at most 63 bytes.
-
-    Call it per connect: after a fork the pid is another. Everything but printable ASCII becomes
-    "?" or its plain letter, because PostgreSQL would do so (before 16) or write it in hexadecimal,
-    which makes it longer. The pid is kept whole, the longer of the other two is shortened first.
-
-    Args:
-        pool: the pool's name.
-        app: the program's name; the default is the stem of ``sys.argv[0]``.
-        pid: the process; the default is this one.
-    """
-    number = str(os.getpid() if pid is None else pid)
-    first, second = _plain(app_stem() if app is None else app), _plain(pool)
-    room = _NAME_BYTES - len(number) - 2
-    half = room // 2
-    if len(first) + len(second) > room:
-        # what the shorter one leaves of its half goes to the longer one
-        first_room = max(half, room - len(second))
-        first = first[:first_room]
-        second = second[: room - len(first)]
-    return f"{first}/{second}/{number}"
-
-
-def app_stem() -> str:
-    """Name this program after ``sys.argv[0]``: the file's stem; for ``python -m name``, the package."""
-    argv = getattr(sys, "argv", None) or [""]  # an embedding program may have none
-    parts = [part for part in re.split(r"[/\\]", argv[0]) if part]
-    stem = parts[-1].removesuffix(".py").removesuffix(".exe") if parts else ""
-    if stem == "__main__" and len(parts) > 1:
-        stem = parts[-2]
-    return "python" if stem in {"", "-c", "-m", "-"} else stem
-
-
-def _plain(text: str) -> str:
-    letters = unicodedata.normalize("NFKD", text)
-    kept = "".join(c for c in letters if not unicodedata.combining(c))
-    ascii_only = "".join(c if " " <= c <= "~" else "?" for c in kept)
-    # a slash of their own would make the three parts impossible to tell apart
-    return ascii_only.replace("/", "_") or "?"

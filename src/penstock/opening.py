@@ -23,8 +23,8 @@ from penstock._drivers.adopting import ConnectRaised, NotAdopted
 from penstock._drivers.protocol import Activity, Diagnosis, Recipe
 from penstock._machine.progress import CONNECT_SECONDS, Progress
 from penstock.alarm import Alarm
+from penstock.application_name import application_name
 from penstock.clock import clock
-from penstock.config import application_name
 from penstock.conninfo import Wrong, read
 from penstock.errors import ConfigError
 from penstock.frames import place_noted, without_frames

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from penstock import fork, sources
 from penstock.clock import clock
+from penstock.config import PoolConfig
 from penstock.errors import MisuseError
 from penstock.secret import Hidden
 from penstock.threads import ConnectionPool
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from penstock._machine.stats import Stats
     from penstock.aio import AsyncConnectionPool
-    from penstock.config import PoolConfig
     from penstock.reports import Health
 
 
@@ -65,7 +65,7 @@ class NamedPools(Mapping[str, PoolT], Generic[PoolT]):
         Raises:
             ConfigError: naming key, file and line.
         """
-        return cls(sources.many_from_file(path, sections))
+        return cls(sources.many_from_file(path, sections, PoolConfig))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
@@ -79,7 +79,7 @@ class NamedPools(Mapping[str, PoolT], Generic[PoolT]):
         """
         given = Hidden(mapping)
         del mapping
-        return cls(sources.many_from_mapping(given))
+        return cls(sources.many_from_mapping(given, PoolConfig))
 
     @classmethod
     def from_env(cls, prefix: str = "PENSTOCK_") -> Self:
@@ -91,7 +91,7 @@ class NamedPools(Mapping[str, PoolT], Generic[PoolT]):
         Raises:
             ConfigError: naming the variable.
         """
-        return cls(sources.many_from_env(prefix))
+        return cls(sources.many_from_env(prefix, PoolConfig))
 
     # -- which pools ------------------------------------------------------------------------------
 

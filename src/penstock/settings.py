@@ -16,9 +16,8 @@ import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from penstock.config import PoolConfig, resembling
 from penstock.conninfo import (
     KEYWORDS,
     Wrong,
@@ -32,22 +31,20 @@ from penstock.conninfo import (
 from penstock.errors import ConfigError
 from penstock.secret import Hidden, Secret
 from penstock.sections import expanded
+from penstock.spelling import resembling
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from penstock.sections import Entry, Section
+
+ConfigT = TypeVar("ConfigT")
 
 #: Keys for a whole URL or conninfo string. A mere host name does, too: some files have it as URL.
 WHOLE: Final = ("url", "uri", "dsn", "conninfo", "database_url", "database_uri")
 #: Other people's names for libpq's.
 ALIASES: Final = {"pw": "password", "db": "dbname", "database": "dbname"}
 PASSWORD_FILE: Final = "password_file"  # noqa: S105  a key's name
-#: The fields of PoolConfig and their annotations. conninfo is a setting here.
-OPTIONS: Final = {
-    field.name: str(field.type)
-    for field in dataclasses.fields(PoolConfig)
-    if field.name != "conninfo"
-}
-KEYS: Final = (*OPTIONS, *KEYWORDS, *WHOLE, *ALIASES, PASSWORD_FILE)
 # What people write for keys that exist here under another name.
 _FOREIGN: Final = {
     "username": "user", "login": "user", "role": "user", "passwd": "password", "pwd": "password",
@@ -56,21 +53,36 @@ _FOREIGN: Final = {
 }  # fmt: skip
 
 
-def pool_config(section: Section) -> PoolConfig:
+def options_of(make: type[Any]) -> Mapping[str, str]:
+    """The fields of PoolConfig and their annotations, but for conninfo, which is a setting here."""
+    fields = dataclasses.fields(make)
+    return {field.name: str(field.type) for field in fields if field.name != "conninfo"}
+
+
+def keys_of(make: type[Any]) -> tuple[str, ...]:
+    """All that a section may have."""
+    return (*options_of(make), *KEYWORDS, *WHOLE, *ALIASES, PASSWORD_FILE)
+
+
+def pool_config(section: Section, make: type[ConfigT]) -> ConfigT:
     """Make the PoolConfig of a section.
+
+    Args:
+        section: what was read.
+        make: PoolConfig.
 
     Raises:
         ConfigError: naming the key, the file and the line.
     """
-    entries = _by_meaning(section)
+    entries, kinds = _by_meaning(section, make), options_of(make)
     conninfo = _conninfo(section, entries)
     options = {
-        key: _option(section, key, entry) for key, entry in entries.items() if key in OPTIONS
+        key: _option(section, kinds[key], entry) for key, entry in entries.items() if key in kinds
     }
     given = Hidden({"name": section.name, **options, "conninfo": conninfo.value})
     del options
-    made = _made(given)
-    if isinstance(made, PoolConfig):
+    made = _made(given, make)
+    if not isinstance(made, ConfigError):
         return made
     entry = entries.get(made.key) or entries.get("max_size")
     if entry is None:
@@ -80,9 +92,9 @@ def pool_config(section: Section) -> PoolConfig:
     raise section.wrong(entry, made.allowed, shown, hint=made.hint)
 
 
-def _made(options: Hidden[dict[str, Any]]) -> PoolConfig | ConfigError:
+def _made(options: Hidden[dict[str, Any]], make: type[ConfigT]) -> ConfigT | ConfigError:
     try:
-        return PoolConfig(**options.value)
+        return make(**options.value)
     except ConfigError as error:
         return error.with_traceback(None)
 
@@ -90,16 +102,17 @@ def _made(options: Hidden[dict[str, Any]]) -> PoolConfig | ConfigError:
 # -- what a key means ---------------------------------------------------------------------------------
 
 
-def _by_meaning(section: Section) -> dict[str, Entry]:
+def _by_meaning(section: Section, make: type[Any]) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     nearest: dict[str, int] = {}
+    options, keys = options_of(make), keys_of(make)
     for entry in section.entries:  # the nearest first
-        meaning = _meaning(section, entry)  # first of all: it refuses keys that must not be shown
+        meaning = _meaning(section, entry, keys)  # first of all: it refuses keys not to be shown
         if entry.outside > nearest.setdefault(meaning, entry.outside):
             continue
         if section.expands:
             entry = expanded(section, entry)  # noqa: PLW2901  the entry as it was meant
-        if meaning not in OPTIONS and _is_empty(entry.value):
+        if meaning not in options and _is_empty(entry.value):
             continue  # an empty setting is one that is not given: libpq finds it elsewhere
         if meaning in found:
             raise section.wrong(entry, what=_twice(found[meaning], entry), hint="keep one of them")
@@ -107,16 +120,16 @@ def _by_meaning(section: Section) -> dict[str, Entry]:
     return found
 
 
-def _meaning(section: Section, entry: Entry) -> str:
+def _meaning(section: Section, entry: Entry, keys: tuple[str, ...]) -> str:
     if entry.word in WHOLE:
         return "conninfo"
-    if entry.word in KEYS:
+    if entry.word in keys:
         return ALIASES.get(entry.word, entry.word)
-    raise _unknown(section, entry)
+    raise _unknown(section, entry, keys)
 
 
-def _unknown(section: Section, entry: Entry) -> ConfigError:
-    meant = _FOREIGN.get(entry.word) or resembling(entry.word, KEYS)
+def _unknown(section: Section, entry: Entry, keys: tuple[str, ...]) -> ConfigError:
+    meant = _FOREIGN.get(entry.word) or resembling(entry.word, keys)
     hint = "see docs/configuration.md for the keys that there are"
     if entry.word == "engine":
         hint = "Django's own: leave it out; NAME is dbname here, and what is in OPTIONS stands beside it"
@@ -394,11 +407,10 @@ _FALSE: Final = frozenset(("false", "no", "off", "0"))
 _OBJECT: Final = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_][\w.]*)")
 
 
-def _option(section: Section, key: str, entry: Entry) -> Any:
+def _option(section: Section, kind: str, entry: Entry) -> Any:
     """An option's value; what is no text is PoolConfig's to check."""
     if not isinstance(entry.value, str):
         return entry.value
-    kind = OPTIONS[key]
     found = _converted(kind, entry.value.strip())
     if found is not _NOT:
         return found

@@ -1,6 +1,7 @@
 """Where configuration comes from: mappings, environment variables, TOML and INI files.
 
-One job: read each of them into sections, and have `settings.py` make a PoolConfig of each.
+One job: read each of them into sections, and have `settings.py` make a PoolConfig of each. PoolConfig has
+these ways from `Readable`; it is the class that they are called on, or `make`.
 
 It must not know: what the keys mean, pools. libpq's own sources (PG* variables, service file,
 password file) are not read here: what is not given is left to libpq.
@@ -14,9 +15,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-from penstock.config import PoolConfig
 from penstock.conninfo import KEYWORDS
 from penstock.errors import ConfigError
 from penstock.inifile import Broken, read_ini
@@ -27,6 +27,7 @@ from penstock.tomlfile import read_toml
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Self
 
 READERS: Final = {".toml": read_toml, ".ini": read_ini, ".cfg": read_ini, ".conf": read_ini}
 DEFAULT: Final = "default"
@@ -44,21 +45,74 @@ _OTHERS: Final = (
 )
 _SETTINGS: Final = frozenset((*KEYWORDS, *WHOLE, *ALIASES, PASSWORD_FILE))
 
+ConfigT = TypeVar("ConfigT", bound="Readable")
+
+
+class Readable:
+    """What PoolConfig is made from, apart from its own arguments."""
+
+    __slots__ = ()
+
+    if TYPE_CHECKING:
+        name: str | None
+
+        def replace(self, **changes: Any) -> Self: ...  # noqa: D102  PoolConfig's
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], *, name: str | None = None) -> Self:
+        """Read a mapping: connection settings and pool options side by side.
+
+        Args:
+            mapping: see docs/configuration.md for its keys; case does not matter, and texts are
+                converted to what the option wants.
+            name: the pool's name, unless the mapping has one.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        given = Hidden(mapping)
+        del mapping
+        return pool_config(_section(given, name), cls)
+
+    @classmethod
+    def from_env(cls, prefix: str = "PENSTOCK_") -> Self:
+        """Read environment variables: ``PENSTOCK_URL``, ``PENSTOCK_MAX_SIZE`` and so on.
+
+        Where no variable of the prefix says where to connect, ``DATABASE_URL`` does (with the
+        default prefix only); where that is not set either, libpq's own sources do.
+
+        Args:
+            prefix: what the variables' names begin with.
+
+        Raises:
+            ConfigError: naming the variable.
+        """
+        return pool_config(_env_section(prefix, None), cls)
+
+    @classmethod
+    def from_file(cls, path: str | Path, section: str | None = None) -> Self:
+        """Read one database's section of a TOML or INI file.
+
+        Args:
+            path: the suffix decides: ``.toml``; ``.ini``, ``.cfg``, ``.conf``.
+            section: its name; None: the only one, or the one named "default".
+
+        Raises:
+            ConfigError: naming key, file and line.
+        """
+        sections = _read(path)
+        return _config(_chosen(sections, section, str(path)), cls)
+
 
 # -- mappings ---------------------------------------------------------------------------------------------
 
 
-def from_mapping(given: Hidden[Mapping[str, Any]], name: str | None) -> PoolConfig:
-    """See `PoolConfig.from_mapping`."""
-    return pool_config(_section(given, name))
-
-
-def many_from_mapping(given: Hidden[Mapping[str, Any]]) -> dict[str, PoolConfig]:
+def many_from_mapping(given: Hidden[Mapping[str, Any]], make: type[ConfigT]) -> dict[str, ConfigT]:
     """See `Pools.from_mapping`."""
     inner = _inner(given)
     if not inner.value:
-        return {DEFAULT: from_mapping(given, None)}
-    return {name: _one(name, given, each) for name, each in inner.value.items()}
+        return {DEFAULT: pool_config(_section(given, None), make)}
+    return {name: _one(name, given, each, make) for name, each in inner.value.items()}
 
 
 def _inner(given: Hidden[Mapping[str, Any]]) -> Hidden[dict[str, Any]]:
@@ -68,21 +122,24 @@ def _inner(given: Hidden[Mapping[str, Any]]) -> Hidden[dict[str, Any]]:
         {
             key: Hidden(value)
             for key, value in given.value.items()
-            if isinstance(value, (Mapping, PoolConfig)) and key.lower() != "kwargs"
+            if isinstance(value, (Mapping, Readable)) and key.lower() != "kwargs"
         }
     )
 
 
 def _one(
-    name: str, given: Hidden[Mapping[str, Any]], own: Hidden[Mapping[str, Any] | PoolConfig]
-) -> PoolConfig:
-    if isinstance(own.value, PoolConfig):
+    name: str,
+    given: Hidden[Mapping[str, Any]],
+    own: Hidden[Mapping[str, Any] | ConfigT],
+    make: type[ConfigT],
+) -> ConfigT:
+    if isinstance(own.value, make):
         return own.value if own.value.name else own.value.replace(name=name)
     around = _section(given, name, only_plain=True).entries
-    section = _section(Hidden(own.value), name)
+    section = _section(Hidden(cast("Mapping[str, Any]", own.value)), name)
     words = {entry.word for entry in section.entries}
     inherited = tuple(replace(each, outside=1) for each in around if each.word not in words)
-    return pool_config(Section(name, section.entries + inherited))
+    return pool_config(Section(name, section.entries + inherited), make)
 
 
 def _section(
@@ -94,7 +151,7 @@ def _section(
         tuple(
             Entry(key, key.lower(), as_secret(value))
             for key, value in given.value.items()
-            if not (only_plain and isinstance(value, (Mapping, PoolConfig)))
+            if not (only_plain and isinstance(value, (Mapping, Readable)))
         ),
     )
 
@@ -110,16 +167,11 @@ def _refuse_other_types(given: Hidden[Mapping[str, Any]]) -> None:
 # -- the environment ----------------------------------------------------------------------------------------
 
 
-def from_env(prefix: str) -> PoolConfig:
-    """See `PoolConfig.from_env`."""
-    return pool_config(_env_section(prefix, None))
-
-
-def many_from_env(prefix: str) -> dict[str, PoolConfig]:
+def many_from_env(prefix: str, make: type[ConfigT]) -> dict[str, ConfigT]:
     """See `Pools.from_env`."""
     names = _names_in_env(prefix)
     found = {
-        name.lower(): pool_config(_env_section(f"{prefix}{name}__", name.lower(), inner=True))
+        name.lower(): pool_config(_env_section(f"{prefix}{name}__", name.lower(), inner=True), make)
         for name in names
     }
     plain = _env_section(prefix, DEFAULT if found else None, fall_back=not found)
@@ -131,7 +183,7 @@ def many_from_env(prefix: str) -> dict[str, PoolConfig]:
             hint="keep one of the two ways",
         )
     if plain.entries or not found:
-        found[DEFAULT] = pool_config(plain)
+        found[DEFAULT] = pool_config(plain, make)
     return found
 
 
@@ -172,18 +224,14 @@ def _env_section(
 # -- files --------------------------------------------------------------------------------------------------
 
 
-def from_file(path: str | Path, section: str | None) -> PoolConfig:
-    """See `PoolConfig.from_file`."""
-    sections = _read(path)
-    return _config(_chosen(sections, section, str(path)))
-
-
-def many_from_file(path: str | Path, only: Iterable[str]) -> dict[str, PoolConfig]:
+def many_from_file(
+    path: str | Path, only: Iterable[str], make: type[ConfigT]
+) -> dict[str, ConfigT]:
     """See `Pools.from_file`."""
     sections = _read(path)
     wanted = [_chosen(sections, name, str(path)) for name in only] or sections
     # hidden: where a broken file has its password as dbname, say, that is what a repr would show
-    found: Hidden[dict[str, PoolConfig]] = Hidden({})
+    found: Hidden[dict[str, ConfigT]] = Hidden({})
     for each in wanted:
         name = each.name or DEFAULT
         if name in found.value:
@@ -191,12 +239,12 @@ def many_from_file(path: str | Path, only: Iterable[str]) -> dict[str, PoolConfi
                 "section", repr(name), "one of its kind", file=str(path),
                 hint="two databases would have this name",
             )  # fmt: skip
-        found.value[name] = _config(each)
+        found.value[name] = _config(each, make)
     return found.value
 
 
-def _config(section: Section) -> PoolConfig:
-    return pool_config(replace(section, expands=True))
+def _config(section: Section, make: type[ConfigT]) -> ConfigT:
+    return pool_config(replace(section, expands=True), make)
 
 
 def _chosen(sections: list[Section], wanted: str | None, file: str) -> Section:

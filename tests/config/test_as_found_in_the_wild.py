@@ -56,13 +56,16 @@ def test_an_own_setting_wins_also_by_another_name(tmp_path: Path, name: str, tex
 def test_what_is_around_gives_way(
     around: dict[str, Any], own: dict[str, Any], settings: dict[str, str]
 ) -> None:
-    assert settings_of(many_from_mapping(Hidden({**around, "shop": own}))["shop"]) == settings
+    assert (
+        settings_of(many_from_mapping(Hidden({**around, "shop": own}), PoolConfig)["shop"])
+        == settings
+    )
 
 
 def test_a_password_file_of_its_own_wins_over_a_password_around(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("b\n")
     given = {"pw": "a", "shop": {"host": "db", "password_file": tmp_path / "secret"}}
-    found = many_from_mapping(Hidden(given))
+    found = many_from_mapping(Hidden(given), PoolConfig)
     assert settings_of(found["shop"]) == {"host": "db", "password": "b"}
 
 
@@ -77,7 +80,7 @@ def test_an_overridden_key_of_an_ini_file_has_its_own_line(tmp_path: Path) -> No
 def test_default_alone_in_an_ini_file_is_the_database(tmp_path: Path) -> None:
     file = tmp_path / "db.ini"
     file.write_text("[DEFAULT]\nhost = db\nmax_size = 3\n")
-    found = many_from_file(file, [])
+    found = many_from_file(file, [], PoolConfig)
     assert settings_of(found["default"]) == {"host": "db"}
     assert PoolConfig.from_file(file, "default").max_size == 3
 
@@ -147,4 +150,4 @@ def test_a_variable_with_a_name_too_many_is_an_error(
 ) -> None:
     monkeypatch.setenv(f"PENSTOCK_{rest}", "postgresql://db")
     with pytest.raises(ConfigError, match=f"unknown option 'PENSTOCK_{rest}'"):
-        many_from_env("PENSTOCK_")
+        many_from_env("PENSTOCK_", PoolConfig)

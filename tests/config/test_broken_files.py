@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from penstock import ConfigError
+from penstock.config import PoolConfig
 from penstock.sources import many_from_file
 from tests.config.seen import shown
 
@@ -174,7 +175,7 @@ def test_each_error_names_the_place_and_none_shows_a_piece_of_a_secret(
 def error_of(path: Path) -> ConfigError | None:
     """Any other exception is one of the test."""
     try:
-        many_from_file(path, ())
+        many_from_file(path, (), PoolConfig)
     except ConfigError as error:
         return error
     return None
@@ -188,4 +189,4 @@ def test_what_the_generators_write_is_right_before_it_is_broken(
             secrets: list[str] = []
             path = tmp_path / f"db.{suffix}"
             path.write_text(make(rng, secrets), encoding="utf-8")
-            assert many_from_file(path, ())
+            assert many_from_file(path, (), PoolConfig)

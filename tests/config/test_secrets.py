@@ -147,7 +147,7 @@ def test_files(name: str, text: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     assert_fails_without_showing_it(Pools.from_file, path)
-    assert_fails_without_showing_it(many_from_file, path, ())
+    assert_fails_without_showing_it(many_from_file, path, (), PoolConfig)
     path.write_bytes(b"\xff" + text.encode())
     assert_fails_without_showing_it(Pools.from_file, path)
 

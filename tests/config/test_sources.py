@@ -12,7 +12,7 @@ import pytest
 
 from penstock import ConfigError, PoolConfig
 from penstock.conninfo import KEYWORDS, parse
-from penstock.settings import OPTIONS, PasswordFile
+from penstock.settings import PasswordFile, options_of
 from penstock.sources import many_from_env, many_from_file
 
 POST = """
@@ -175,8 +175,10 @@ def test_what_is_no_mapping_is_refused(given: Any) -> None:
 
 
 def test_options_and_settings_have_no_name_in_common() -> None:
-    assert not set(OPTIONS) & set(KEYWORDS)
-    assert {*OPTIONS, "conninfo"} == {field.name for field in dataclasses.fields(PoolConfig)}
+    assert not set(options_of(PoolConfig)) & set(KEYWORDS)
+    assert {*options_of(PoolConfig), "conninfo"} == {
+        field.name for field in dataclasses.fields(PoolConfig)
+    }
 
 
 TEXTS = [
@@ -199,10 +201,14 @@ def test_a_text_becomes_what_the_option_wants(key: str, text: str, value: object
     assert getattr(PoolConfig.from_mapping({key: text}), key) == value
 
 
-@pytest.mark.parametrize("key", OPTIONS)
+@pytest.mark.parametrize("key", options_of(PoolConfig))
 def test_every_option_can_be_given_as_a_text(key: str) -> None:
     example = {name: (text, value) for name, text, value in TEXTS}
-    example |= {name: ("builtins:print", ...) for name, kind in OPTIONS.items() if "Call" in kind}
+    example |= {
+        name: ("builtins:print", ...)
+        for name, kind in options_of(PoolConfig).items()
+        if "Call" in kind
+    }
     text, _ = example[key]  # a new option needs an example above
     PoolConfig.from_mapping({key: text})
 
@@ -304,24 +310,24 @@ def test_variables_of_several_databases(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("PENSTOCK_ORDERS__HOST", "a")
     monkeypatch.setenv("PENSTOCK_USER_DATA__MAX_SIZE", "4")
     monkeypatch.setenv("PENSTOCK_USER_DATA__HOST", "b")
-    found = many_from_env("PENSTOCK_")
+    found = many_from_env("PENSTOCK_", PoolConfig)
     assert {name: config.conninfo for name, config in found.items()} == {
         "orders": "host=a",
         "user_data": "host=b",
     }
     assert (found["user_data"].max_size, found["user_data"].name) == (4, "user_data")
     monkeypatch.setenv("PENSTOCK_HOST", "c")
-    assert many_from_env("PENSTOCK_")["default"].conninfo == "host=c"
+    assert many_from_env("PENSTOCK_", PoolConfig)["default"].conninfo == "host=c"
     monkeypatch.setenv("PENSTOCK_DEFAULT__HOST", "d")
     with pytest.raises(ConfigError, match="'PENSTOCK_HOST' is about the database 'default'"):
-        many_from_env("PENSTOCK_")
+        many_from_env("PENSTOCK_", PoolConfig)
     monkeypatch.delenv("PENSTOCK_HOST")
     monkeypatch.setenv("PENSTOCK_TEST_X__Y", "of another part")
     monkeypatch.setenv("DATABASE_URL", "postgresql://not/needed")
-    assert sorted(many_from_env("PENSTOCK_")) == ["default", "orders", "user_data"]
+    assert sorted(many_from_env("PENSTOCK_", PoolConfig)) == ["default", "orders", "user_data"]
     monkeypatch.setenv("PENSTOCK_ORDERS__HOTS", "a")
     with pytest.raises(ConfigError, match="did you mean 'PENSTOCK_ORDERS__HOST'"):
-        many_from_env("PENSTOCK_")
+        many_from_env("PENSTOCK_", PoolConfig)
 
 
 # -- files ------------------------------------------------------------------------------------------------
@@ -350,7 +356,7 @@ prepare_threshold = 3
 
 def test_toml_tables_are_databases_and_what_is_above_is_in_each(write, monkeypatch) -> None:
     monkeypatch.setenv("SHOP_PW", "p%$w ${SHOP_PW}$$")
-    found = many_from_file(write("db.toml", TOML), ())
+    found = many_from_file(write("db.toml", TOML), (), PoolConfig)
     assert list(found) == ["orders", "users"]
     assert settings_of(found["orders"])["password"] == "p%$w ${SHOP_PW}$$"
     assert (found["orders"].max_size, found["orders"].reset) == (7, "session")
@@ -360,7 +366,9 @@ def test_toml_tables_are_databases_and_what_is_above_is_in_each(write, monkeypat
 
 
 def test_a_toml_file_without_tables_is_one_database(write) -> None:
-    found = many_from_file(write("db.toml", 'host = "db"\n[kwargs]\nprepare_threshold = 3\n'), ())
+    found = many_from_file(
+        write("db.toml", 'host = "db"\n[kwargs]\nprepare_threshold = 3\n'), (), PoolConfig
+    )
     assert list(found) == ["default"]
     assert found["default"].conninfo == "host=db"
 
@@ -374,10 +382,10 @@ def test_a_section_may_be_inside_other_tables(write) -> None:
 
 def test_ini_sections_are_databases_and_default_is_in_each(write) -> None:
     text = "[DEFAULT]\nuser = app\nmax_size = 4\n[a]\nhost = x\n[b]\nhost = y\nmax_size = 5\n"
-    found = many_from_file(write("db.conf", text), ())
+    found = many_from_file(write("db.conf", text), (), PoolConfig)
     assert {name: config.max_size for name, config in found.items()} == {"a": 4, "b": 5}
     assert settings_of(found["b"]) == {"host": "y", "user": "app"}
-    assert list(many_from_file("db.conf", ["b"])) == ["b"]
+    assert list(many_from_file("db.conf", ["b"], PoolConfig)) == ["b"]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(write) -> None:
@@ -458,14 +466,14 @@ def test_what_is_wrong_in_an_ini_file_has_its_line(write, text: str, line: int, 
 def test_what_is_wrong_in_a_toml_file_has_its_line(write, text: str, line: int, told: str) -> None:
     path = write("db.toml", text)
     if told is None:
-        many_from_file(path, ())
+        many_from_file(path, (), PoolConfig)
     else:
         assert_wrong(path, line, told)
 
 
 def assert_wrong(path: str, line: int | None, told: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        many_from_file(path, ())
+        many_from_file(path, (), PoolConfig)
     text = str(caught.value)
     assert told in text
     assert (caught.value.file, caught.value.line) == (path, line)

@@ -16,11 +16,11 @@ from difflib import get_close_matches
 from typing import Any, Final
 
 from penstock import _drivers
-from penstock import settings as pool_settings
+from penstock.config import PoolConfig
 from penstock.errors import ConfigError
 from penstock.secret import Hidden
 from penstock.sections import Entry, Section, as_secret
-from penstock.settings import pool_config
+from penstock.settings import keys_of, options_of, pool_config
 from penstock.threads import ConnectionPool
 
 PREFIX: Final = "PENSTOCK_"
@@ -91,9 +91,9 @@ def _refuse_misspelt(config: Hidden[Any]) -> None:
             continue
         meant = get_close_matches(key, _DEFAULTS, n=1, cutoff=0.8)
         word = key.removeprefix(PREFIX).lower()
-        if word in pool_settings.OPTIONS:
+        if word in options_of(PoolConfig):
             meant = [_within(OPTIONS, word)]
-        elif word in pool_settings.KEYS:
+        elif word in keys_of(PoolConfig):
             meant = [URI]
         if meant:
             raise ConfigError(key, hint=f"did you mean {meant[0]}?")
@@ -170,10 +170,10 @@ def _with(entries: tuple[Entry, ...], others: tuple[Entry, ...]) -> tuple[Entry,
 def _pool(section: Section, shared: tuple[Entry, ...], *, debug: bool) -> ConnectionPool[Any]:
     entries = _with(section.entries, shared)
     # what is wrong is told first of a database's own: if they are right, it is one that all share
-    own = any(entry.word not in pool_settings.KEYS for entry in section.entries)
+    own = any(entry.word not in keys_of(PoolConfig) for entry in section.entries)
     spelling = section.spelling if own else lambda word: _within(OPTIONS, word)
     made = Section(section.name, entries, spelling=spelling)
-    read = pool_config(made)
+    read = pool_config(made, PoolConfig)
     if debug and all(entry.word != "guard" for entry in entries):
         driver = _drivers.chosen(read.driver, asynchronous=False)
         read = read.replace(guard=getattr(driver, "renews_in_place", False))
