@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast, over
 
 from penstock import _drivers, fork, loops, watch
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
-from penstock._machine.progress import CONNECT_SECONDS
 from penstock._machine.slot import SlotState
 from penstock._machine.stats import Stats, snapshot
 from penstock.async_borrowing import AsyncBorrowing
-from penstock.async_dedicated import AsyncDedicated, opened_aside
+from penstock.async_dedicated import AsyncDedicated
 from penstock.async_lease import AsyncCarefulLease, AsyncLease
 from penstock.async_opening import AsyncOpener
 from penstock.async_upkeep import let_go_of_all, orphaned
@@ -331,21 +330,6 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         """
         return AsyncDedicated(self, self._seconds(timeout), autocommit)
 
-    async def _open_dedicated(self, seconds: float) -> Any:
-        notice_fork()
-        self._refuse_other_loops()
-        if self._machine.phase is Phase.CLOSED:
-            raise self._reporter.closed()
-        self._join_loop()  # whose end it does not outlive
-        began = clock()
-        try:
-            return await opened_aside(
-                self._opener.without_limit().open(min(seconds, CONNECT_SECONDS))
-            )
-        except Exception as error:  # noqa: BLE001  whatever it is, it is explained
-            failure = await self._opener.explain(error)
-        raise self._reporter.not_opened(failure, clock() - began)
-
     # -- the pool's life --------------------------------------------------------------------------
 
     async def open(
@@ -405,15 +389,6 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         finally:
             if self._machine.phase is Phase.CLOSED:  # nobody has opened it again meanwhile
                 await self._leave_loop()
-
-    def _refuse_other_loops(self) -> None:
-        """Raise MisuseError on a loop that is not the pool's, while the pool's is there."""
-        if self._loop is not None and not self._is_forsaken():
-            self._join_loop()
-
-    def _is_forsaken(self) -> bool:
-        """Whether its loop has ended, or is about to."""
-        return self._ending or (self._loop is not None and self._loop.is_closed())
 
     @property
     def closed(self) -> bool:

@@ -55,6 +55,8 @@ from penstock.upkeep import LONGEST_SLEEP
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    from penstock.two_ends import Entering
+
 _log = logging.getLogger("penstock")
 
 
@@ -95,6 +97,7 @@ class AsyncBorrowing(AsyncUpkeep):
     """What a borrower meets when no fit connection is idle, or when he gives back an unclean one."""
 
     _driver: Any
+    _entering: Entering
     _timeout: float
 
     # -- a borrow that finds nothing idle ---------------------------------------------------------

@@ -14,14 +14,17 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from penstock._machine.machine import Phase
+from penstock._machine.progress import CONNECT_SECONDS
 from penstock.borrowing import notice_fork
+from penstock.clock import clock
 from penstock.two_ends import entered_twice, leave_behind, refuse_to_leave
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
     from types import TracebackType
 
-    from penstock.aio import AsyncConnectionPool
+    from penstock.async_borrowing import AsyncBorrowing
 
 ConnT = TypeVar("ConnT")
 
@@ -31,9 +34,7 @@ class AsyncDedicated(Generic[ConnT]):
 
     __slots__ = ("_autocommit", "_link", "_pool", "_seconds")
 
-    def __init__(
-        self, pool: AsyncConnectionPool[ConnT], seconds: float, autocommit: bool | None
-    ) -> None:
+    def __init__(self, pool: AsyncBorrowing, seconds: float, autocommit: bool | None) -> None:
         self._pool = pool
         self._seconds = seconds
         self._autocommit = autocommit
@@ -46,7 +47,7 @@ class AsyncDedicated(Generic[ConnT]):
         self._link = self._pool._entering
         link = None
         try:
-            link = await self._pool._open_dedicated(self._seconds)
+            link = await _opened(self._pool, self._seconds)
             link.lend()
             if self._autocommit is not None:
                 link.set_autocommit(self._autocommit)
@@ -116,3 +117,17 @@ async def opened_aside(connecting: Coroutine[Any, Any, Any]) -> Any:
 def _drop(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and task.exception() is None:
         task.result().discard()
+
+
+async def _opened(pool: AsyncBorrowing, seconds: float) -> Any:
+    notice_fork()
+    pool._refuse_other_loops()
+    if pool._machine.phase is Phase.CLOSED:
+        raise pool._reporter.closed()
+    pool._join_loop()  # whose end it does not outlive
+    began = clock()
+    try:
+        return await opened_aside(pool._opener.without_limit().open(min(seconds, CONNECT_SECONDS)))
+    except Exception as error:  # noqa: BLE001  whatever it is, it is explained
+        failure = await pool._opener.explain(error)
+    raise pool._reporter.not_opened(failure, clock() - began)

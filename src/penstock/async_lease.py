@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from penstock._machine.slot import Slot
-    from penstock.aio import AsyncConnectionPool
+    from penstock.async_borrowing import AsyncBorrowing
     from penstock.two_ends import Entering
 
 ConnT = TypeVar("ConnT")
@@ -42,7 +42,7 @@ class AsyncLease(Generic[ConnT]):
 
     __slots__ = ("_pool", "_slot")
 
-    _pool: AsyncConnectionPool[ConnT]
+    _pool: AsyncBorrowing
     _slot: Slot | Entering | None
 
     async def __aenter__(self) -> ConnT:

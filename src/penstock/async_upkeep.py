@@ -120,6 +120,15 @@ class AsyncUpkeep:
             "make one pool per event loop, or close it there before it is used here",
         )
 
+    def _refuse_other_loops(self) -> None:
+        """Raise MisuseError on a loop that is not the pool's, while the pool's is there."""
+        if self._loop is not None and not self._is_forsaken():
+            self._join_loop()
+
+    def _is_forsaken(self) -> bool:
+        """Whether its loop has ended, or is about to."""
+        return self._ending or (self._loop is not None and self._loop.is_closed())
+
     async def _leave_loop(self) -> None:
         """The pool belongs to no loop any more; another may have it."""
         timer, self._timer = self._timer, None

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
     from types import FrameType
 
+    from penstock.two_ends import Entering
+
 #: How long bringing a connection back to a clean state may take at the return, in seconds: a
 #: rollback is one round trip, and a server that does not answer it in this time is not there.
 TIDY_SECONDS: Final = 5.0
@@ -60,6 +62,8 @@ class Borrowing(Upkeep):
     """What a borrower meets when no fit connection is idle, or when he gives back an unclean one."""
 
     _driver: Any
+    _entering: Entering
+    _dedicated: dict[int, Any]
 
     # -- a borrow that finds nothing idle ---------------------------------------------------------
 

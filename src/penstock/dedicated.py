@@ -12,7 +12,8 @@ from __future__ import annotations
 import queue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from penstock import hub
+from penstock import hub, keeper
+from penstock._machine.machine import Phase
 from penstock._machine.progress import CONNECT_SECONDS, Progress
 from penstock.borrowing import notice_fork
 from penstock.clock import clock
@@ -23,9 +24,9 @@ from penstock.upkeep import prepare_drivers
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from penstock.borrowing import Borrowing
     from penstock.opening import Opener
     from penstock.reports import Reporter
-    from penstock.threads import ConnectionPool
 
 ConnT = TypeVar("ConnT")
 
@@ -86,9 +87,7 @@ class Dedicated(Generic[ConnT]):
 
     __slots__ = ("_autocommit", "_link", "_pool", "_seconds")
 
-    def __init__(
-        self, pool: ConnectionPool[ConnT], seconds: float, autocommit: bool | None
-    ) -> None:
+    def __init__(self, pool: Borrowing, seconds: float, autocommit: bool | None) -> None:
         self._pool = pool
         self._seconds = seconds
         self._autocommit = autocommit
@@ -101,7 +100,7 @@ class Dedicated(Generic[ConnT]):
             return self.__enter__()
         self._link = self._pool._entering
         try:
-            link = self._pool._open_dedicated(self._seconds)
+            link = _opened(self._pool, self._seconds)
             self._link = self._pool._dedicated[id(link)] = link
             link.lend()
             if self._autocommit is not None:
@@ -156,8 +155,15 @@ class DedicatedInTurns(InTurns, Dedicated[ConnT]):
 
     __slots__ = ("_round",)
 
-    def __init__(
-        self, pool: ConnectionPool[ConnT], seconds: float, autocommit: bool | None
-    ) -> None:
+    def __init__(self, pool: Borrowing, seconds: float, autocommit: bool | None) -> None:
         super().__init__(pool, seconds, autocommit)
         self._round: dict[str, object] = {}
+
+
+def _opened(pool: Borrowing, seconds: float) -> Any:
+    notice_fork()
+    if pool._machine.phase is Phase.CLOSED:
+        raise pool._reporter.closed()
+    opening = Opening(pool._opener.without_limit(), seconds)
+    keeper.current().submit(opening.run)
+    return opening.wait(pool._reporter)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from penstock._machine.slot import Slot
-    from penstock.threads import ConnectionPool
+    from penstock.borrowing import Borrowing
 
 ConnT = TypeVar("ConnT")
 
@@ -53,7 +53,7 @@ class Lease(Generic[ConnT]):
 
     __slots__ = ("_pool", "_slot")
 
-    _pool: ConnectionPool[ConnT]
+    _pool: Borrowing
     _slot: Slot | Entering | None
 
     def __enter__(self) -> ConnT:

@@ -30,7 +30,7 @@ from penstock._machine.stats import Stats, snapshot
 from penstock.borrowing import FOREVER, Borrowing, notice_fork
 from penstock.clock import clock
 from penstock.config import PoolConfig
-from penstock.dedicated import Dedicated, DedicatedInTurns, Opening
+from penstock.dedicated import Dedicated, DedicatedInTurns
 from penstock.errors import ConfigError
 from penstock.lease import (
     CarefulLease,
@@ -505,14 +505,6 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         self._config = self._config.replace(guard=on)
         self._plain = _wants_nothing_special(self._config)
         self._fast = self._plain and self._has_global_lock
-
-    def _open_dedicated(self, seconds: float) -> Any:
-        notice_fork()
-        if self._machine.phase is Phase.CLOSED:
-            raise self._reporter.closed()
-        opening = Opening(self._opener.without_limit(), seconds)
-        keeper.current().submit(opening.run)
-        return opening.wait(self._reporter)
 
 
 def next_name() -> str:

@@ -23,11 +23,11 @@ DEADLINE = 60.0  # seconds for everything in one process; a failure's price
 
 PROGRAM = """
 import asyncio, gc, socket, sys, threading
-import penstock.aio, penstock.async_upkeep
+import penstock.async_dedicated, penstock.async_upkeep
 from penstock import AsyncConnectionPool
 
 driver, loop, conninfo = sys.argv[1:]
-for module in (penstock.aio, penstock.async_upkeep):
+for module in (penstock.async_dedicated, penstock.async_upkeep):
     module.CONNECT_SECONDS = 300.0
 if loop == "uvloop":
     import uvloop

@@ -25,7 +25,6 @@ from penstock import (
     MisuseError,
     PenstockError,
     ServerUnavailable,
-    aio,
     async_opening,
     async_upkeep,
 )
@@ -227,7 +226,7 @@ def test_a_token_service_that_does_not_answer_keeps_no_connection_opening_for_ev
 ):
     """No time limit held for it: when max_size connects hung like this the pool was dead."""
     monkeypatch.setattr(async_upkeep, "CONNECT_SECONDS", 0.05)
-    monkeypatch.setattr(aio, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr("penstock.async_dedicated.CONNECT_SECONDS", 0.05)
     monkeypatch.setattr(async_opening, "DIAGNOSE_SECONDS", 0.05)
     is_hanging = [True]
 

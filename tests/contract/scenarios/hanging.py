@@ -18,7 +18,7 @@ def in_a_hurry(w, seconds=0.1):
     for name in ("_machine.machine", "upkeep", "async_upkeep"):
         for constant in ("CONNECT_SECONDS", "BRIEF_SECONDS"):
             w.patch.setattr(f"penstock.{name}.{constant}", seconds)
-    for name in ("aio", "dedicated"):
+    for name in ("async_dedicated", "dedicated"):
         w.patch.setattr(f"penstock.{name}.CONNECT_SECONDS", seconds)
     for name in ("opening", "async_opening"):
         w.patch.setattr(f"penstock.{name}.DIAGNOSE_SECONDS", seconds)
