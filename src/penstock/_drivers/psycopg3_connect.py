@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn
 
     from penstock._drivers.protocol import Recipe, UnfitOption
-    from penstock._drivers.psycopg3_diagnose import Tape
+    from penstock._drivers.psycopg3_tape import Tape
 
     Resolve = Callable[[str, str], list[str]]
 
