@@ -15,12 +15,8 @@ import pytest
 from penstock._drivers import load
 from penstock.errors import (
     ConfigError,
-    Counts,
     ErrorSource,
-    Hold,
-    Holder,
     MisuseError,
-    OwnHold,
     PenstockError,
     PoolClosed,
     PoolTimeout,
@@ -28,6 +24,12 @@ from penstock.errors import (
     StatementTimeout,
     TooManyRequests,
     flavoured,
+)
+from penstock.errors.figures import (
+    Counts,
+    Hold,
+    Holder,
+    OwnHold,
 )
 from penstock.stacks import holder_report
 

@@ -25,7 +25,6 @@ FLOORS = (
         "_drivers",
         "config",
         "errors",
-        "next_steps",
         "events",
         "clock",
         "hub",

@@ -14,10 +14,7 @@ from penstock._machine.stats import Stats
 from penstock.config import PoolConfig
 from penstock.errors import (
     ConfigError,
-    Counts,
-    Holder,
     MisuseError,
-    OwnHold,
     PenstockError,
     PoolClosed,
     PoolTimeout,
@@ -25,6 +22,7 @@ from penstock.errors import (
     StatementTimeout,
     TooManyRequests,
 )
+from penstock.errors.figures import Counts, Holder, OwnHold
 from penstock.lease import Lease
 from penstock.pools import Pools
 from penstock.reports import Health

@@ -27,8 +27,8 @@ from penstock.application_name import application_name
 from penstock.clock import clock
 from penstock.conninfo import Wrong, read
 from penstock.errors import ConfigError
+from penstock.errors.next_steps import STEP_HANGS
 from penstock.frames import place_noted, without_frames
-from penstock.next_steps import STEP_HANGS
 from penstock.secret import Hidden, Secret, lifted
 
 if TYPE_CHECKING:

@@ -18,11 +18,7 @@ from penstock._machine.machine import Machine, Phase, Refusal
 from penstock._machine.slot import SlotState
 from penstock.clock import clock
 from penstock.errors import (
-    Counts,
-    Hold,
-    Holder,
     MisuseError,
-    OwnHold,
     PenstockError,
     PoolClosed,
     PoolTimeout,
@@ -30,7 +26,13 @@ from penstock.errors import (
     TooManyRequests,
     flavoured,
 )
-from penstock.next_steps import STEP_HANGS, STEP_OWN, STEP_SILENT, step_on_a_loop
+from penstock.errors.figures import (
+    Counts,
+    Hold,
+    Holder,
+    OwnHold,
+)
+from penstock.errors.next_steps import STEP_HANGS, STEP_OWN, STEP_SILENT, step_on_a_loop
 from penstock.stacks import holder_report, seen
 
 if TYPE_CHECKING:

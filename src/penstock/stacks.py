@@ -18,7 +18,8 @@ import linecache
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from penstock.errors import Hold, Holder, is_plumbing
+from penstock.errors import is_plumbing
+from penstock.errors.figures import Hold, Holder
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping

@@ -11,7 +11,7 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from penstock.errors import Hold, Holder, is_plumbing
+from penstock.errors import is_plumbing
 from penstock.reports import Reporter
 from penstock.stacks import holder_report
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from penstock._machine.machine import Machine
+    from penstock.errors.figures import Hold, Holder
 
     Loop = asyncio.AbstractEventLoop
 

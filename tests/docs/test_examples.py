@@ -30,7 +30,7 @@ from flask import Flask
 
 import penstock
 from penstock import ConnectionPool, PoolConfig, Pools
-from penstock.next_steps import _STEPS
+from penstock.errors.next_steps import _STEPS
 from tests.docs.pages import PAGES, ROOT, blocks, headings, links, name_of
 
 if TYPE_CHECKING:

@@ -8,19 +8,40 @@ It must not know: how transactions are ended, who waits for whom. It belongs to 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from penstock.testing import messages as say
 from penstock.testing.messages import first_text
 from penstock.testing.statements import Kind, Statement, statement
 
 if TYPE_CHECKING:
-    from penstock.testing.dialog import Dialog
+    from collections.abc import Callable
+
     from penstock.testing.messages import Message
     from penstock.testing.session import Answer
 
 _SYNC: Final = say.message(b"S")
 _RULES: Final = frozenset(Kind) - {Kind.OTHER, Kind.EMPTY, Kind.IN_BLOCK}
+
+
+class Asker(Protocol):
+    """What a batch calls of the dialog that it belongs to."""
+
+    @property
+    def transaction(self) -> object: ...  # noqa: D102  all as in dialog.py
+
+    def do(self, request: Callable[[], None], *, ends: bool = True) -> bool: ...  # noqa: D102
+    def say(self, *data: bytes) -> None: ...  # noqa: D102
+    def flush(self, *, ready: bool) -> None: ...  # noqa: D102
+    def carry_out(self, part: Statement) -> None: ...  # noqa: D102
+    def copy_in(self, answer: Answer) -> None: ...  # noqa: D102
+    def swallow_sync(self) -> None: ...  # noqa: D102
+    def pass_on(  # noqa: D102
+        self,
+        request: bytes,
+        executed: list[tuple[Statement, list[bytes | None]]],
+        on_copy: Callable[[Answer], None],
+    ) -> None: ...
 
 
 class Batch:
@@ -31,7 +52,7 @@ class Batch:
         prefix: put before the names of the client's prepared statements: the session is shared.
     """
 
-    def __init__(self, dialog: Dialog, prefix: bytes) -> None:
+    def __init__(self, dialog: Asker, prefix: bytes) -> None:
         self._dialog = dialog
         self._prefix = prefix
         self._gathered: list[Message] = []

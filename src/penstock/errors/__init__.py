@@ -16,10 +16,10 @@ from __future__ import annotations
 import importlib
 import sys
 import types
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from penstock.next_steps import (
+from penstock.errors.figures import Counts, Holder, OwnHold, short, written
+from penstock.errors.next_steps import (
     STEP_OWN,
     step_on_a_loop,
     step_when_down,
@@ -29,115 +29,6 @@ from penstock.next_steps import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
-    """What a pool's slots were doing, and how many borrowers were queued.
-
-    Attributes:
-        opening: connections being opened.
-        idle: connections ready to be lent.
-        in_use: connections lent.
-        pinging: connections being asked whether they live.
-        closing: connections being closed.
-        max_size: how many the pool may have in all.
-        waiting: borrowers in the queue, the one that gets this error not among them.
-    """
-
-    opening: int = 0
-    idle: int = 0
-    in_use: int = 0
-    pinging: int = 0
-    closing: int = 0
-    max_size: int = 0
-    waiting: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
-    """Who has a connection, and where that thread stood when the error was raised.
-
-    Attributes:
-        seconds: how long it has had the connection.
-        thread: the thread's, task's or greenlet's name.
-        kind: which of the three it is.
-        file: path of the source file it was in, or None if it is not running any more.
-        line: line number in that file.
-        function: the function's qualified name.
-        activity: what the session was doing ("idle in transaction", ...), or None if unknown.
-        query: the last statement, if the runtime knows it. Statements can hold secrets, so it is
-            in no text and no repr: look at the attribute.
-    """
-
-    seconds: float
-    thread: str
-    file: str | None = None
-    line: int | None = None
-    function: str | None = None
-    activity: str | None = None
-    query: str | None = field(default=None, repr=False)
-    kind: str = "thread"
-
-    def __str__(self) -> str:
-        place = (
-            "not running any more" if self.file is None else f"at {_short(self.file)}:{self.line}"
-        )
-        text = f'{self.seconds:.1f} s in {self.kind} "{self.thread}" {place}'
-        return f"{text}, {self.activity}" if self.activity else text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hold:
-    """One lease as `holder_report` wants it: everything about a `Holder` but where it stands.
-
-    Attributes:
-        ident: the thread's ident (`threading.get_ident()`), or another key of `frames`.
-        seconds: how long it has had the connection.
-        thread: the thread's name, if whoever lends knows it; else it is looked up.
-        kind: "thread", "task" or "greenlet".
-        activity: what the session was doing, or None.
-        query: the last statement, or None.
-    """
-
-    ident: int
-    seconds: float
-    thread: str | None = None
-    activity: str | None = None
-    query: str | None = field(default=None, repr=False)
-    kind: str = "thread"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OwnHold:
-    """A connection that the borrower itself held when it got no other.
-
-    Attributes:
-        seconds: how long it had had it.
-        kind: what the borrower is: "thread", "task" or "greenlet".
-        file: path of the source file that `line` is in; None: where it was borrowed is not known.
-        line: where it was borrowed; else where a function stands that has it in a variable.
-        function: that function's qualified name; None: `line` is where it was borrowed.
-        by_getconn: it was borrowed by getconn(), so that another one may give it back.
-    """
-
-    seconds: float
-    kind: str = "thread"
-    file: str | None = None
-    line: int | None = None
-    function: str | None = None
-    by_getconn: bool = False
-
-    def __str__(self) -> str:
-        text = f"since {self.seconds:.1f} s, "
-        if self.file is None:
-            door = "by getconn() " if self.by_getconn else ""
-            return f"{text}borrowed {door}at a place that was not noted"
-        place = f"{_short(self.file)}:{self.line}"
-        if self.function is None:
-            return f"{text}borrowed at {place}"
-        owner = "the module" if self.function == "<module>" else f"{self.function}()"
-        return f"{text}in a variable of {owner} at {place}"
 
 
 class ErrorSource(Protocol):
@@ -276,7 +167,7 @@ class PoolTimeout(PenstockError):  # noqa: N818  a word users know
 
     def _text(self) -> str:
         patience = f"within {self.timeout:.1f} s" if self.timeout else "free at once"
-        lines = [f"no connection {patience} from {_pool(self.pool)}: {_figures(self.counts)}."]
+        lines = [f"no connection {patience} from {_pool(self.pool)}: {written(self.counts)}."]
         if self.own:
             count = "one" if len(self.own) == 1 else str(len(self.own))
             lines.append(f"  this {self.own[0].kind} itself holds {count} of them, {self.own[0]}")
@@ -384,7 +275,7 @@ class ServerUnavailable(PenstockError):  # noqa: N818  a word users know
         lines = [first, f"  {'last error' if self.attempts else 'no error'}: {self._last()}"]
         if self.counts is not None and self.counts.in_use:
             held = f"; held longest: {'; '.join(map(str, self.holders))}" if self.holders else ""
-            lines.append(f"  those that are open: {_figures(self.counts)}{held}")
+            lines.append(f"  those that are open: {written(self.counts)}{held}")
         lines.append(f"  next step: {self.next_step or step_when_down(self.sqlstate)}")
         return "\n".join(lines)
 
@@ -467,7 +358,7 @@ class TooManyRequests(PenstockError):  # noqa: N818  a word users know
     def _text(self) -> str:
         return (
             f"{_pool(self.pool)} refused a borrower: {self.max_waiting} are waiting already "
-            f"(max_waiting={self.max_waiting}); {_figures(self.counts)}.\n"
+            f"(max_waiting={self.max_waiting}); {written(self.counts)}.\n"
             "  next step: answer this request with 503 and let the client come again; if it is "
             "constant, shorten what holds the connections, or raise max_size or max_waiting"
         )
@@ -751,7 +642,7 @@ def called_at() -> str:
     frame: types.FrameType | None = sys._getframe(1)  # noqa: SLF001  the documented way
     while frame is not None and is_plumbing(frame):
         frame = frame.f_back
-    return "" if frame is None else f" (at {_short(frame.f_code.co_filename)}:{frame.f_lineno})"
+    return "" if frame is None else f" (at {short(frame.f_code.co_filename)}:{frame.f_lineno})"
 
 
 def is_plumbing(frame: types.FrameType) -> bool:
@@ -779,17 +670,3 @@ def _pool(name: str | None) -> str:
 
 def _number(count: int, one: str, many: str) -> str:
     return f"{count} {one if count == 1 else many}"
-
-
-def _short(path: str) -> str:
-    """The last two parts: enough to find the file, and the same on every machine."""
-    return "/".join(path.replace("\\", "/").split("/")[-2:])
-
-
-def _figures(counts: Counts) -> str:
-    parts = [f"{counts.in_use} of {counts.max_size} in use", f"{counts.waiting} waiting"]
-    parts.append(f"{counts.opening or 'none'} being opened")
-    parts += [f"{counts.idle} idle"] if counts.idle else []
-    parts += [f"{counts.pinging} being pinged"] if counts.pinging else []
-    parts += [f"{counts.closing} being closed"] if counts.closing else []
-    return ", ".join(parts)

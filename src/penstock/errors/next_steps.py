@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from penstock.errors import Counts, Holder
+    from penstock.errors.figures import Counts, Holder
 
 
 def step_when_full(counts: Counts, holders: Sequence[Holder]) -> str:
