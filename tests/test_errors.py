@@ -31,7 +31,7 @@ from penstock.errors.figures import (
     Holder,
     OwnHold,
 )
-from penstock.stacks import holder_report
+from penstock.reports import holder_report
 
 FULL = Counts(in_use=10, max_size=10, waiting=4)
 REPORT = Holder(

@@ -48,7 +48,8 @@ from penstock.borrowing import (
     notice_fork,
 )
 from penstock.clock import clock
-from penstock.errors import ConfigError, PenstockError, called_at
+from penstock.errors import ConfigError, PenstockError
+from penstock.stacks import called_at
 from penstock.statement_limit import within
 from penstock.upkeep import LONGEST_SLEEP
 

@@ -29,7 +29,8 @@ from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Reason, Slot, SlotState
 from penstock.alarm import Alarm
 from penstock.clock import clock
-from penstock.errors import ConfigError, PenstockError, PoolTimeout, called_at
+from penstock.errors import ConfigError, PenstockError, PoolTimeout
+from penstock.stacks import called_at
 from penstock.statement_limit import within
 from penstock.upkeep import LONGEST_SLEEP, RETURN_LOCK_SECONDS, Upkeep
 

@@ -8,6 +8,7 @@ report is a snapshot, and must not wait for what it reports on.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -33,9 +34,10 @@ from penstock.errors.figures import (
     OwnHold,
 )
 from penstock.errors.next_steps import STEP_HANGS, STEP_OWN, STEP_SILENT, step_on_a_loop
-from penstock.stacks import holder_report, seen
+from penstock.stacks import first_of_user, seen
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from types import FrameType
 
     from penstock._machine.outage import Outage
@@ -370,3 +372,59 @@ def _hold(slot: Slot, now: float) -> Hold:
     link = slot.link
     activity = None if link is None else link.activity().value
     return Hold(ident=slot.holder, seconds=max(0.0, now - slot.borrowed_at), activity=activity)
+
+
+# -- where the holders stand ------------------------------------------------------------------------
+
+
+def holder_report(
+    holds: Iterable[Hold],
+    *,
+    limit: int = 3,
+    frames: Mapping[int, FrameType] | None = None,
+) -> list[Holder]:
+    """Find out where the holders of connections stand right now.
+
+    Costs nothing until it is called, and then one walk up each stack. Never raises an
+    `Exception`: an error report must not hide the error.
+
+    Args:
+        holds: the leases to report.
+        limit: how many to report, longest held first.
+        frames: ident -> current frame; the default is `sys._current_frames()`. Runtimes whose
+            borrowers are no threads hand in theirs.
+
+    Returns:
+        At most `limit` holders, longest first; empty if nothing could be found out.
+    """
+    now: Mapping[int, FrameType] | None = None
+    try:
+        longest = sorted(holds, key=lambda hold: hold.seconds, reverse=True)[:limit]
+        now = sys._current_frames() if frames is None else frames  # noqa: SLF001  the documented way
+        return [_holder(hold, now.get(hold.ident)) for hold in longest]
+    except Exception:  # noqa: BLE001  see above
+        return []
+    finally:
+        now = None  # it holds this frame, too: a cycle that would keep every thread's variables
+
+
+def _holder(hold: Hold, top: FrameType | None) -> Holder:
+    frame = first_of_user(top)
+    return Holder(
+        seconds=hold.seconds,
+        thread=hold.thread or _thread_name(hold.ident),
+        file=None if frame is None else frame.f_code.co_filename,
+        line=None if frame is None else frame.f_lineno,
+        # co_qualname has the class, too
+        function=None if frame is None else frame.f_code.co_qualname,
+        activity=hold.activity,
+        query=hold.query,
+        kind=hold.kind,
+    )
+
+
+def _thread_name(ident: int) -> str:
+    # Only where threading is in use already; `enumerate()` would take a lock of threading's.
+    threading = sys.modules.get("threading")
+    thread = getattr(threading, "_active", {}).get(ident)
+    return str(getattr(thread, "name", ident))

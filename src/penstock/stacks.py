@@ -18,76 +18,46 @@ import linecache
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from penstock.errors import is_plumbing
-from penstock.errors.figures import Hold, Holder
-
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterator
     from types import CodeType, FrameType
 
-# -- where the holders stand ------------------------------------------------------------------------
+# -- the user's frames ------------------------------------------------------------------------
 
 
-def holder_report(
-    holds: Iterable[Hold],
-    *,
-    limit: int = 3,
-    frames: Mapping[int, FrameType] | None = None,
-) -> list[Holder]:
-    """Find out where the holders of connections stand right now.
-
-    Costs nothing until it is called, and then one walk up each stack. Never raises an
-    `Exception`: an error report must not hide the error.
-
-    Args:
-        holds: the leases to report.
-        limit: how many to report, longest held first.
-        frames: ident -> current frame; the default is `sys._current_frames()`. Runtimes whose
-            borrowers are no threads hand in theirs.
-
-    Returns:
-        At most `limit` holders, longest first; empty if nothing could be found out.
-    """
-    now: Mapping[int, FrameType] | None = None
-    try:
-        longest = sorted(holds, key=lambda hold: hold.seconds, reverse=True)[:limit]
-        now = sys._current_frames() if frames is None else frames  # noqa: SLF001  the documented way
-        return [_holder(hold, now.get(hold.ident)) for hold in longest]
-    except Exception:  # noqa: BLE001  see above
-        return []
-    finally:
-        now = None  # it holds this frame, too: a cycle that would keep every thread's variables
-
-
-def _holder(hold: Hold, top: FrameType | None) -> Holder:
-    frame = _first_of_user(top)
-    return Holder(
-        seconds=hold.seconds,
-        thread=hold.thread or _thread_name(hold.ident),
-        file=None if frame is None else frame.f_code.co_filename,
-        line=None if frame is None else frame.f_lineno,
-        # co_qualname has the class, too
-        function=None if frame is None else frame.f_code.co_qualname,
-        activity=hold.activity,
-        query=hold.query,
-        kind=hold.kind,
+# Frames of these packages say how a thread waits, not what it is doing.
+_PLUMBING = frozenset(
+    (
+        *("penstock", "threading", "contextlib", "selectors", "queue", "asyncio", "concurrent"),
+        *("psycopg", "psycopg_binary", "psycopg_c", "psycopg_pool", "psycopg2", "asyncpg"),
+        *("socket", "ssl", "gevent", "greenlet"),
     )
+)
 
 
-def _first_of_user(top: FrameType | None) -> FrameType | None:
+def called_at() -> str:
+    """Where the user's code is that has called penstock: " (at app/report.py:42)"; "" if nobody has.
+
+    For the warnings about what was left behind; it walks up the stack.
+    """
+    place = place_of_caller()
+    return "" if place is None else f" (at {_short(place[0])}:{place[1]})"
+
+
+def is_plumbing(frame: FrameType) -> bool:
+    """Whether this frame is penstock's, a driver's or a runtime's, and not the user's."""
+    module = frame.f_globals.get("__name__")
+    return str(module).partition(".")[0] in _PLUMBING
+
+
+def first_of_user(top: FrameType | None) -> FrameType | None:
+    """The innermost frame of a stack that is the user's code."""
     frame = top
     while frame is not None:
         if not is_plumbing(frame):
             return frame
         frame = frame.f_back
     return top  # plumbing all the way down: better than nothing
-
-
-def _thread_name(ident: int) -> str:
-    # Only where threading is in use already; `enumerate()` would take a lock of threading's.
-    threading = sys.modules.get("threading")
-    thread = getattr(threading, "_active", {}).get(ident)
-    return str(getattr(thread, "name", ident))
 
 
 def place_of_caller() -> tuple[str, int] | None:
@@ -216,3 +186,8 @@ def _bound_by(node: ast.With | ast.AsyncWith) -> Iterator[tuple[str, int]]:
         for target in () if item.optional_vars is None else ast.walk(item.optional_vars):
             if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store):
                 yield target.id, item.context_expr.lineno
+
+
+def _short(path: str) -> str:
+    """The last two parts: enough to find the file, and the same on every machine."""
+    return "/".join(path.replace("\\", "/").split("/")[-2:])

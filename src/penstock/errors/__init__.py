@@ -14,11 +14,10 @@ No lock: errors belong to whoever raises them; `_flavours` is a dict used by sin
 from __future__ import annotations
 
 import importlib
-import sys
 import types
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from penstock.errors.figures import Counts, Holder, OwnHold, short, written
+from penstock.errors.figures import Counts, Holder, OwnHold, written
 from penstock.errors.next_steps import (
     STEP_OWN,
     step_on_a_loop,
@@ -620,35 +619,6 @@ def _flavour_again(
     if not (isinstance(found, type) and issubclass(found, Exception)):
         return base
     return _flavour(base, driver, found)
-
-
-# -- where the holders stand --------------------------------------------------------------------
-
-# Frames of these packages say how a thread waits, not what it is doing.
-_PLUMBING = frozenset(
-    (
-        *("penstock", "threading", "contextlib", "selectors", "queue", "asyncio", "concurrent"),
-        *("psycopg", "psycopg_binary", "psycopg_c", "psycopg_pool", "psycopg2", "asyncpg"),
-        *("socket", "ssl", "gevent", "greenlet"),
-    )
-)
-
-
-def called_at() -> str:
-    """Where the user's code is that has called penstock: " (at app/report.py:42)"; "" if nobody has.
-
-    For the warnings about what was left behind; it walks up the stack.
-    """
-    frame: types.FrameType | None = sys._getframe(1)  # noqa: SLF001  the documented way
-    while frame is not None and is_plumbing(frame):
-        frame = frame.f_back
-    return "" if frame is None else f" (at {short(frame.f_code.co_filename)}:{frame.f_lineno})"
-
-
-def is_plumbing(frame: types.FrameType) -> bool:
-    """Whether this frame is penstock's, a driver's or a runtime's, and not the user's."""
-    module = frame.f_globals.get("__name__")
-    return str(module).partition(".")[0] in _PLUMBING
 
 
 # -- phrases ------------------------------------------------------------------------------------
