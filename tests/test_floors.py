@@ -20,19 +20,16 @@ ROOT = Path(__file__).parent.parent / "src"
 
 # Every module, or the package it is in, by floor; a module imports from its own floor or below.
 FLOORS = (
-    {"_machine"},
+    {"_machine", "_process"},
     {
         "_drivers",
         "config",
         "errors",
         "events",
-        "clock",
-        "hub",
-        "greenlets",
         "result",
         "redacted",
     }
-    | {"secret", "fork", "frames", "lock", "stacks"}
+    | {"secret"}
     | {
         "conninfo",
         "spelling",
@@ -46,8 +43,6 @@ FLOORS = (
     {
         "threads",
         "aio",
-        "keeper",
-        "watch",
         "lease",
         "opening",
         "reports",
@@ -56,7 +51,6 @@ FLOORS = (
         "upkeep",
         "dedicated",
         "two_ends",
-        "alarm",
         "statement_limit",
         *(
             "async_lease",
@@ -88,7 +82,7 @@ OPTIONAL = {
     "penstock._drivers.psycopg3": {"psycopg", "psycopg_binary", "psycopg_c"},
     "penstock._drivers.psycopg2": {"psycopg2"},
     "penstock._drivers.asyncpg": {"asyncpg"},
-    "penstock.greenlets": {"gevent", "greenlet"},
+    "penstock._process.greenlets": {"gevent", "greenlet"},
     "penstock.compat.psycopg_pool": {"psycopg"},
     "penstock.compat.psycopg2_pool": {"psycopg2"},
     "penstock.integrations.flask": {"flask", "werkzeug"},
@@ -156,7 +150,7 @@ def names_in(node: ast.stmt, package: str) -> list[str]:
         parts = package.split(".")
         up = ".".join(parts[: len(parts) - node.level + 1])
         base = f"{up}.{base}" if base else up
-    # `from penstock import fork` imports a module, `from penstock.fork import page` a name in one
+    # `from penstock._process import fork` imports a module, `from penstock._process.fork import page` a name in one
     names = [f"{base}.{alias.name}" for alias in node.names]
     return [name if name in MODULES else base for name in names]
 
@@ -251,7 +245,9 @@ def test_the_test_sees_imports_wherever_they_stand() -> None:
         ("e", True, False),
         ("penstock.cli", False, False),
     ]
-    assert names_in(ast.parse("from penstock import fork").body[0], "penstock") == ["penstock.fork"]
+    assert names_in(ast.parse("from penstock._process import fork").body[0], "penstock") == [
+        "penstock._process.fork"
+    ]
 
 
 DRIVERS = "psycopg psycopg2 asyncpg flask gunicorn gevent sqlalchemy django"
@@ -269,7 +265,7 @@ def test_importing_penstock_imports_no_driver_and_no_framework() -> None:
     assert (done.stdout, done.stderr) == ("[] False\n", "")
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "watch", "fork"])
+@pytest.mark.parametrize("module", ["errors", "config", "_process.watch", "_process.fork"])
 def test_these_modules_import_where_the_system_has_nothing(module: str) -> None:
     """Windows and macOS in short: no fork hook, no epoll, no eventfd, no madvise, no private maps."""
     script = (
@@ -280,7 +276,7 @@ def test_these_modules_import_where_the_system_has_nothing(module: str) -> None:
         "    for name in names.split():\n"
         "        if hasattr(place, name): delattr(place, name)\n"
         f"import penstock.{module}\n"
-        "from penstock import fork, watch\n"
+        "from penstock._process import fork, watch\n"
         "watcher = watch.Watch(print)\n"
         "fork.install()\n"
         "print(watch.available(), watcher.add(0, 'x'), watcher.stop(), fork.page[0] != 0)"

@@ -21,17 +21,18 @@ from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast, overload
 
-from penstock import _drivers, fork, loops, watch
+from penstock import _drivers, loops
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
 from penstock._machine.slot import SlotState
 from penstock._machine.stats import Stats, snapshot
+from penstock._process import fork, watch
+from penstock._process.clock import clock
 from penstock.async_borrowing import AsyncBorrowing
 from penstock.async_dedicated import AsyncDedicated
 from penstock.async_lease import AsyncCarefulLease, AsyncLease
 from penstock.async_opening import AsyncOpener
 from penstock.async_upkeep import let_go_of_all, orphaned
 from penstock.borrowing import FOREVER, notice_fork
-from penstock.clock import clock
 from penstock.config import PoolConfig
 from penstock.result import Result
 from penstock.secret import Hidden

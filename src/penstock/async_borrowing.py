@@ -27,11 +27,13 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from penstock import fork, watch
 from penstock._drivers.protocol import Activity, Outdated
 from penstock._machine.machine import Phase, Verdict, Waiter
 from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Reason, Slot, SlotState
+from penstock._process import fork, watch
+from penstock._process.clock import clock
+from penstock._process.stacks import called_at
 from penstock.async_opening import called
 from penstock.async_upkeep import AsyncUpkeep
 from penstock.borrowing import (
@@ -47,9 +49,7 @@ from penstock.borrowing import (
     left_in,
     notice_fork,
 )
-from penstock.clock import clock
 from penstock.errors import ConfigError, PenstockError
-from penstock.stacks import called_at
 from penstock.statement_limit import within
 from penstock.upkeep import LONGEST_SLEEP
 

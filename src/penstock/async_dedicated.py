@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from penstock._machine.machine import Phase
 from penstock._machine.progress import CONNECT_SECONDS
+from penstock._process.clock import clock
 from penstock.borrowing import notice_fork
-from penstock.clock import clock
 from penstock.two_ends import entered_twice, leave_behind, refuse_to_leave
 
 if TYPE_CHECKING:

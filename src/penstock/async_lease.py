@@ -17,10 +17,10 @@ from asyncio import current_task
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from penstock import fork
 from penstock._machine.machine import LOOK_AGAIN
-from penstock.clock import clock
-from penstock.fork import page
+from penstock._process import fork
+from penstock._process.clock import clock
+from penstock._process.fork import page
 from penstock.two_ends import refuse_to_enter, refuse_to_leave
 
 if TYPE_CHECKING:

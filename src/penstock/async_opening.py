@@ -15,7 +15,7 @@ from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 from penstock._machine.progress import CONNECT_SECONDS, Progress
-from penstock.clock import clock
+from penstock._process.clock import clock
 from penstock.opening import (
     DIAGNOSE_SECONDS,
     DRIVER_GRACE,

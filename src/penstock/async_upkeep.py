@@ -26,12 +26,13 @@ from threading import get_ident
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock import loops, watch
+from penstock import loops
 from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TakeBack, TickAt
 from penstock._machine.progress import BRIEF_SECONDS, CONNECT_SECONDS
 from penstock._machine.slot import Reason, Slot, SlotRef
+from penstock._process import watch
+from penstock._process.clock import clock
 from penstock.async_opening import called
-from penstock.clock import clock
 from penstock.opening import (
     DIAGNOSE_SECONDS,
     DRIVER_GRACE,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from penstock.errors import PenstockError
     from penstock.reports import Reporter
 
-#: Connections being opened at the same time, per pool; as the keeper's (`keeper.py`) per process.
+#: Connections being opened at the same time, per pool; as the keeper's (`_process/keeper.py`) per process.
 CONNECT_CONCURRENCY: Final = 20
 
 #: While a connection is being opened, somebody looks so often, in seconds, whether its slot is still there.

@@ -22,15 +22,21 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock import fork, hub, keeper, stacks, watch
 from penstock._drivers.protocol import Activity, Outdated
 from penstock._machine.machine import Phase, Verdict, Waiter
 from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Reason, Slot, SlotState
-from penstock.alarm import Alarm
-from penstock.clock import clock
+from penstock._process import (
+    fork,
+    keeper,
+    runtime,
+    stacks,
+    watch,
+)
+from penstock._process.clock import clock
+from penstock._process.stacks import called_at
+from penstock._process.watchdog import Alarm
 from penstock.errors import ConfigError, PenstockError, PoolTimeout
-from penstock.stacks import called_at
 from penstock.statement_limit import within
 from penstock.upkeep import LONGEST_SLEEP, RETURN_LOCK_SECONDS, Upkeep
 
@@ -72,7 +78,7 @@ class Borrowing(Upkeep):
         """A slot that may be used as it is, in use by the calling thread; or an error."""
         notice_fork()
         seconds = self._seconds(timeout)
-        if hub.is_running_callbacks():
+        if runtime.is_running_callbacks():
             raise self._reporter.misuse(
                 "a connection is asked for in gevent's hub, which cannot wait for one",
                 "borrow in a greenlet: gevent.spawn(...) in the callback or signal handler",
@@ -84,7 +90,7 @@ class Borrowing(Upkeep):
         self._machine.orphans = kept.inbox.put  # another keeper's, since gevent has patched
         if self._machine.phase is Phase.NEW and self._config.open:
             self._open(seconds)
-        gate = hub.gate()
+        gate = runtime.gate()
         began = clock()
         waiter = Waiter(threading.get_ident(), partial(gate.put, None))
         try:
@@ -110,7 +116,7 @@ class Borrowing(Upkeep):
             return held  # nothing else runs in this thread that could give them back
         return kept_on_stack(held, sys._getframe()) if held else ()
 
-    def _wait(self, waiter: Waiter, gate: hub.Gate, seconds: float, began: float) -> Slot:
+    def _wait(self, waiter: Waiter, gate: runtime.Gate, seconds: float, began: float) -> Slot:
         while True:
             slot = self._receive(waiter, gate, seconds, began)
             try:
@@ -120,7 +126,7 @@ class Borrowing(Upkeep):
                 # It goes back to be closed, or to the caller; no frame of ours keeps it alive.
                 del slot
 
-    def _receive(self, waiter: Waiter, gate: hub.Gate, seconds: float, began: float) -> Slot:
+    def _receive(self, waiter: Waiter, gate: runtime.Gate, seconds: float, began: float) -> Slot:
         """What was given to the waiter, as soon as something is; raises when nothing is."""
         while waiter.slot is None and waiter.refusal is None:
             left = began + seconds - clock()
@@ -552,7 +558,7 @@ class Borrowing(Upkeep):
 
     def _wait_until(self, condition: Callable[[], bool], deadline: float) -> bool:
         """Look at `condition` after each connection that was opened, closed or given up."""
-        gate = hub.gate()
+        gate = runtime.gate()
         tell = partial(gate.put, None)
         self._onlookers.append(tell)
         try:
@@ -599,7 +605,11 @@ def _blocked_loop(seconds: float) -> str:
 
     Where waits are gevent's, other greenlets of the thread go on.
     """
-    return "" if seconds <= 0 or hub.has_green_waits() or hub.is_green() else stacks.event_loop()
+    return (
+        ""
+        if seconds <= 0 or runtime.has_green_waits() or runtime.is_green()
+        else stacks.event_loop()
+    )
 
 
 def notice_fork() -> None:
@@ -608,9 +618,9 @@ def notice_fork() -> None:
         fork.noticed()
 
 
-def _sleep_at(gate: hub.Gate, seconds: float) -> None:
+def _sleep_at(gate: runtime.Gate, seconds: float) -> None:
     # At most LONGEST_SLEEP, since a lock takes no more; whoever sleeps looks again.
-    hub.rest(gate, min(seconds, LONGEST_SLEEP))
+    runtime.rest(gate, min(seconds, LONGEST_SLEEP))
 
 
 def _pause(refused: int, seconds: float, left: float) -> None:
@@ -627,7 +637,7 @@ def explain_by(error: PenstockError, refusal: Exception | None, seconds: float) 
             error.timeout = seconds
 
 
-def _wait_for(condition: Callable[[], bool], gate: hub.Gate, deadline: float) -> bool:
+def _wait_for(condition: Callable[[], bool], gate: runtime.Gate, deadline: float) -> bool:
     while not condition():
         left = deadline - clock()
         if left <= 0:

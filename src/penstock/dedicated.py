@@ -12,11 +12,11 @@ from __future__ import annotations
 import queue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from penstock import hub, keeper
 from penstock._machine.machine import Phase
 from penstock._machine.progress import CONNECT_SECONDS, Progress
+from penstock._process import keeper, runtime
+from penstock._process.clock import clock
 from penstock.borrowing import notice_fork
-from penstock.clock import clock
 from penstock.opening import Failure, explain_hanging
 from penstock.two_ends import InTurns, entered_twice, leave_behind, refuse_to_leave
 from penstock.upkeep import prepare_drivers
@@ -38,8 +38,8 @@ class Opening:
         self._opener = opener
         self._seconds = min(seconds, 1e9)
         self._progress = Progress(clock(), self._seconds)
-        self._answer = hub.gate()
-        self._lock = hub.Lock()
+        self._answer = runtime.gate()
+        self._lock = runtime.Lock()
         self._given_up = False
 
     def run(self) -> None:

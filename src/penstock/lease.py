@@ -29,10 +29,10 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from penstock import fork
 from penstock._machine.machine import IDLE, IN_USE, LOOK_AGAIN
-from penstock.clock import clock
-from penstock.fork import page
+from penstock._process import fork
+from penstock._process.clock import clock
+from penstock._process.fork import page
 from penstock.two_ends import Entering, InTurns, refuse_to_enter, refuse_to_leave
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary, finalize, ref
 
-from penstock import watch
+from penstock._process import watch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Collection

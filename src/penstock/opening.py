@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, Final
 from penstock._drivers.adopting import ConnectRaised, NotAdopted
 from penstock._drivers.protocol import Activity, Diagnosis, Recipe
 from penstock._machine.progress import CONNECT_SECONDS, Progress
-from penstock.alarm import Alarm
+from penstock._process.clock import clock
+from penstock._process.tracebacks import place_noted, without_frames
+from penstock._process.watchdog import Alarm
 from penstock.application_name import application_name
-from penstock.clock import clock
 from penstock.conninfo import Wrong, read
 from penstock.errors import ConfigError
 from penstock.errors.next_steps import STEP_HANGS
-from penstock.frames import place_noted, without_frames
 from penstock.secret import Hidden, Secret, lifted
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from penstock import fork, sources
-from penstock.clock import clock
+from penstock import sources
+from penstock._process import fork
+from penstock._process.clock import clock
 from penstock.config import PoolConfig
 from penstock.errors import MisuseError
 from penstock.secret import Hidden

@@ -14,10 +14,11 @@ from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from penstock import hub
 from penstock._machine.machine import Machine, Phase, Refusal
 from penstock._machine.slot import SlotState
-from penstock.clock import clock
+from penstock._process import runtime
+from penstock._process.clock import clock
+from penstock._process.stacks import first_of_user, seen
 from penstock.errors import (
     MisuseError,
     PenstockError,
@@ -34,7 +35,6 @@ from penstock.errors.figures import (
     OwnHold,
 )
 from penstock.errors.next_steps import STEP_HANGS, STEP_OWN, STEP_SILENT, step_on_a_loop
-from penstock.stacks import first_of_user, seen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -345,7 +345,7 @@ class Reporter:
         return found
 
     def _kind(self) -> str:
-        return "greenlet" if hub.is_green() else "thread"
+        return "greenlet" if runtime.is_green() else "thread"
 
     def holder_of(self, slot: Slot) -> Holder | None:
         """Where this slot's holder stands now."""
@@ -354,7 +354,7 @@ class Reporter:
 
     def _report(self, holds: list[Hold]) -> list[Holder]:
         # Those of gevent's greenlets; a thread's are looked up by its number.
-        frames, names = hub.whereabouts(hold.ident for hold in holds)
+        frames, names = runtime.whereabouts(hold.ident for hold in holds)
         named = [
             replace(hold, thread=names[hold.ident], kind="greenlet")
             if hold.ident in names

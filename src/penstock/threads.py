@@ -23,12 +23,18 @@ import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, cast, overload
 
-from penstock import _drivers, fork, hub, keeper, watch
+from penstock import _drivers
 from penstock._machine.locked import LockedMachine
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
 from penstock._machine.stats import Stats, snapshot
+from penstock._process import (
+    fork,
+    keeper,
+    runtime,
+    watch,
+)
+from penstock._process.clock import clock
 from penstock.borrowing import FOREVER, Borrowing, notice_fork
-from penstock.clock import clock
 from penstock.config import PoolConfig
 from penstock.dedicated import Dedicated, DedicatedInTurns
 from penstock.errors import ConfigError
@@ -169,7 +175,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         self._left_behind: list[Any] = []
         self._plain = _wants_nothing_special(config)
         self._fast = self._plain and self._has_global_lock
-        self._lock = hub.Lock()
+        self._lock = runtime.Lock()
         limit = limit_of(config, self._driver, self.name, weakref.WeakMethod(self._doubt))
         self._opener = Opener(config, self._driver, self.name, limit)
         self._machine = self._new_machine(config)
@@ -479,7 +485,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
 
     def after_fork_in_child(self) -> None:
         """Let go of everything inherited: no session is shared, the parent's live on."""
-        self._lock = hub.Lock()
+        self._lock = runtime.Lock()
         self._machine.orphans = keeper.current().inbox.put
         if isinstance(self._machine, LockedMachine):
             self._machine.lock = self._lock

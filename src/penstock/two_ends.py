@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from penstock import fork
-from penstock.clock import clock
-from penstock.fork import page
+from penstock._process import fork
+from penstock._process.clock import clock
+from penstock._process.fork import page
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -15,12 +15,12 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock import hub, keeper, watch
 from penstock._drivers import green
 from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TakeBack, TickAt
 from penstock._machine.progress import BRIEF_SECONDS, CONNECT_SECONDS
 from penstock._machine.slot import Reason, Slot, SlotRef
-from penstock.clock import clock
+from penstock._process import keeper, runtime, watch
+from penstock._process.clock import clock
 from penstock.errors import PenstockError, PoolTimeout
 from penstock.opening import (
     DIAGNOSE_SECONDS,
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from penstock._machine.machine import Machine
+    from penstock._process.lock import Lock
     from penstock.config import PoolConfig
-    from penstock.lock import Lock
     from penstock.opening import Opener
     from penstock.reports import Reporter
 
@@ -332,10 +332,10 @@ class Upkeep:
 
 def prepare_drivers() -> None:
     """Before a connection is opened: on gevent, have the drivers' libraries wait in the hub."""
-    if hub.has_green_waits():
+    if runtime.has_green_waits():
         green.put_right()
     else:
-        hub.when_patched(green.put_right)
+        runtime.when_patched(green.put_right)
 
 
 def _call(job: Callable[[], object]) -> None:

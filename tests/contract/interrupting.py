@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import penstock
-from penstock import keeper, upkeep
+from penstock import upkeep
+from penstock._process import keeper
 
 SOURCES = f"{Path(penstock.__file__).parent}/"
 

@@ -9,7 +9,8 @@ import types
 
 import pytest
 
-from penstock import MisuseError, PoolTimeout, stacks
+from penstock import MisuseError, PoolTimeout
+from penstock._process import stacks
 
 PATIENCE = 20.0  # seconds: the price of a failure
 

@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 
-from penstock import ConnectionPool, MisuseError, ServerUnavailable, fork, hub, keeper, upkeep
-from penstock._drivers import sockets
+from penstock import (
+    ConnectionPool,
+    MisuseError,
+    ServerUnavailable,
+    upkeep,
+)
 from penstock._drivers.protocol import Activity
 from penstock._machine.machine import Waiter
 from penstock._machine.orders import Close
 from penstock._machine.slot import Reason, SlotState
-from penstock.alarm import Alarm
+from penstock._process import fork, keeper, runtime, sockets
+from penstock._process.watchdog import Alarm
 from penstock.dedicated import Opening
 from penstock.testing import FakeDriver
 from penstock.testing.fakes import FakeLink
@@ -391,7 +396,7 @@ def test_a_keeper_that_does_not_fit_any_more_is_replaced(monkeypatch):
 
 
 def test_where_waits_are_greenlets_a_gate_is_gevents(monkeypatch):
-    monkeypatch.setattr(hub, "has_green_waits", lambda: True)
-    monkeypatch.setattr(hub, "_greenlets", lambda: SimpleNamespace(Gate=lambda: "green"))
-    gate: Any = hub.gate()
+    monkeypatch.setattr(runtime, "has_green_waits", lambda: True)
+    monkeypatch.setattr(runtime, "_greenlets", lambda: SimpleNamespace(Gate=lambda: "green"))
+    gate: Any = runtime.gate()
     assert gate == "green"

@@ -26,9 +26,15 @@ from typing import ClassVar
 
 import pytest
 
-from penstock import ConnectionPool, PoolClosed, PoolTimeout, keeper, upkeep
+from penstock import (
+    ConnectionPool,
+    PoolClosed,
+    PoolTimeout,
+    upkeep,
+)
 from penstock._machine.slot import SlotState
-from penstock.clock import clock
+from penstock._process import keeper
+from penstock._process.clock import clock
 from penstock.lease import PgconnLease
 from tests.contract import interrupting
 from tests.contract.interrupting import (

@@ -16,10 +16,10 @@ from functools import partial
 
 import pytest
 
-from penstock import hub
-from penstock import lock as locks
+from penstock._process import lock as locks
+from penstock._process import runtime
+from penstock._process.lock import Lock
 from penstock.integrations import loans
-from penstock.lock import Lock
 from tests.contract.interrupting import NoTripwire, Tripwire, unmonitor
 
 #: Far beyond what anything here takes.
@@ -250,7 +250,7 @@ def test_releasing_it_is_one_call_of_c_which_no_signal_divides():
 def test_a_thread_is_started_where_no_signal_strikes():
     """From 3.14 on `Thread.start` can be struck with a lock of threading's held; before it cannot."""
     started_in = []
-    hub.start_aside(lambda: started_in.append(threading.get_ident()))
+    runtime.start_aside(lambda: started_in.append(threading.get_ident()))
     assert (started_in != [threading.get_ident()]) == (sys.version_info >= (3, 14))
 
 
@@ -259,12 +259,12 @@ def test_a_thread_that_cannot_be_started_is_told():
         raise RuntimeError("can't start new thread")
 
     with pytest.raises(RuntimeError, match="can't start"):
-        hub.start_aside(start)
+        runtime.start_aside(start)
 
 
 def test_a_thread_of_ours_runs_when_its_start_returns():
     over = threading.Event()
-    runner = hub.Threads().runner(over.wait, "penstock-test")
+    runner = runtime.Threads().runner(over.wait, "penstock-test")
     runner.start()
     assert runner.is_alive()
     over.set()

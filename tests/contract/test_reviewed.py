@@ -24,14 +24,13 @@ from penstock import (
     PenstockError,
     ServerUnavailable,
     borrowing,
-    keeper,
     upkeep,
-    watch,
 )
 from penstock._machine.machine import Machine, Verdict, Waiter
 from penstock._machine.orders import Open
 from penstock._machine.policy import Limits
-from penstock.clock import clock
+from penstock._process import keeper, watch
+from penstock._process.clock import clock
 from penstock.testing import FakeDriver, FakeLink, FakeServer, Mode
 from tests.contract.conftest import Borrower
 from tests.contract.interrupting import end_keeper

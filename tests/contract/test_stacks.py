@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from penstock import stacks
+from penstock._process import stacks
 
 
 class Connection:

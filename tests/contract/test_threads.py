@@ -38,7 +38,7 @@ def test_a_dropped_pool_lets_go_of_its_connections(fake):
 
 def test_a_closed_connections_number_used_again_does_not_cost_the_new_one_its_watch(fake):
     """libpq closes a broken connection's socket by itself: another may have the number already."""
-    from penstock import watch
+    from penstock._process import watch
 
     told = []
     watcher = watch.Watch(lambda token, _fd: told.append(token))
@@ -64,7 +64,7 @@ def server_socket_pairs():
 
 
 def test_the_pool_unwatches_a_connection_by_its_serial(make_pool, monkeypatch, until):
-    from penstock import watch
+    from penstock._process import watch
 
     removed = []
     remove = watch.Watch.remove

@@ -15,7 +15,7 @@ from tests.drivers.async_links import LOOPS, SECONDS, async_test, registered
 
 from penstock._drivers import awaiting
 from penstock._drivers.awaiting import stop_awaiting, wait
-from penstock._drivers.sockets import READ, WRITE
+from penstock._process.sockets import READ, WRITE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

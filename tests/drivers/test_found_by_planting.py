@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from penstock import _drivers
-from penstock._drivers import under_way
 from penstock._drivers.protocol import Recipe
+from penstock._process import inflight
 
 wire: Any = pytest.importorskip("penstock._drivers.psycopg3_async_wire", reason="needs psycopg 3")
 
@@ -43,7 +43,7 @@ def test_a_forked_child_lets_go_also_where_nobody_has_noted_the_connect(name, un
     link.lend()
     cursor = link.conn.cursor()
     cursor.execute("create temp table mine (a int)")
-    under_way._noted.clear()
+    inflight._noted.clear()
     child = os.fork()
     if child == 0:
         try:

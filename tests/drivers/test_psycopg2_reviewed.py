@@ -6,8 +6,8 @@ import threading
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from penstock import fork
 from penstock._drivers import psycopg2_deadline
+from penstock._process import fork
 
 if TYPE_CHECKING:
     import pytest

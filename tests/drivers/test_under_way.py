@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from tests.forks import Child, libc_fork, until
 
-from penstock import AsyncConnectionPool, ConnectionPool, fork
+from penstock import AsyncConnectionPool, ConnectionPool
+from penstock._process import fork
 
 pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc"),

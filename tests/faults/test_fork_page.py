@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from penstock import fork
+from penstock._process import fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -362,7 +362,7 @@ def test_a_fork_beside_our_threads_causes_no_warning() -> None:
         import os, socket, warnings
         # not "error": os.fork() swallows the exception that a warning is turned into
         warnings.simplefilter("always")
-        from penstock import watch
+        from penstock._process import watch
         watcher = watch.Watch(lambda token, fd: None)
         ours, theirs = socket.socketpair()
         watcher.add(ours.fileno(), "x")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from penstock import fork, watch
-from penstock.watch import Watch
+from penstock._process import fork, watch
+from penstock._process.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -19,7 +19,8 @@ from gunicorn.config import Config
 from gunicorn.util import get_arity, load_class
 from tests.forks import Child, until
 
-from penstock import ConnectionPool, hub, pools
+from penstock import ConnectionPool, pools
+from penstock._process import runtime
 from penstock.aio import AsyncConnectionPool
 from penstock.integrations import gunicorn as hooks
 from penstock.integrations import gunicorn_limits, gunicorn_traps
@@ -176,7 +177,7 @@ def test_a_gevent_worker_whose_waits_stop_all_greenlets_is_a_trap(
 
 def test_a_worker_whose_pools_are_made_later_is_told_that_none_is_there_yet(monkeypatch):
     pytest.importorskip("psycopg2.extensions", reason="psycopg2 is not installed")
-    monkeypatch.setattr(hub, "has_green_waits", lambda: True)
+    monkeypatch.setattr(runtime, "has_green_waits", lambda: True)
     (told,) = gunicorn_traps.traps(worker_of("gevent"), [])
     assert "no wait callback yet (no pool is made" in told
 

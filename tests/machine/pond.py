@@ -19,7 +19,7 @@ from penstock._machine.machine import LOOK_AGAIN, SLOWLY, Machine, Refusal, Verd
 from penstock._machine.orders import Close, Open, Order
 from penstock._machine.policy import Limits
 from penstock._machine.slot import Reason, Slot, SlotRef, SlotState
-from penstock.clock import clock
+from penstock._process.clock import clock
 from penstock.errors import MisuseError
 from penstock.lease import LeaseInTurns
 from penstock.two_ends import Entering

@@ -26,7 +26,7 @@ from penstock._drivers.adopting import NotAdopted, OwnConnect
 from penstock._drivers.asyncpg_diagnose import diagnose
 from penstock._drivers.asyncpg_guard import watched
 from penstock._drivers.asyncpg_link import AsyncpgLink
-from penstock._drivers.sockets import deadline_in, seconds_to
+from penstock._process.sockets import deadline_in, seconds_to
 from penstock.errors import PenstockError
 
 if TYPE_CHECKING:

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 
-from penstock._drivers import under_way
 from penstock._drivers.adopting import ConnectRaised, NotAdopted, unwrapped
 from penstock._drivers.asyncpg_adopt import is_librarys, own_connect
 from penstock._drivers.asyncpg_passfile import password_for
@@ -31,8 +30,9 @@ from penstock._drivers.asyncpg_tls import tls_options
 from penstock._drivers.options import unknown_option
 from penstock._drivers.protocol import UnfitOption
 from penstock._drivers.side_threads import call_aside
+from penstock._process import inflight
+from penstock._process.tracebacks import place_noted, without_frames
 from penstock.conninfo import KEYWORDS, Wrong, read, to_url
-from penstock.frames import place_noted, without_frames
 from penstock.secret import Hidden, Secret, is_secret
 
 if TYPE_CHECKING:
@@ -352,7 +352,7 @@ async def _connected(
         | {"host": attempt["address"], "port": int(attempt["port"])}
     )
     where = attempt["host"] if is_local else f"{attempt['address']}:{attempt['port']}"
-    with under_way.searching([attempt["port"]]):
+    with inflight.searching([attempt["port"]]):
         conn = await _connected_by(given, where)
         _note_socket(conn)
         return conn
@@ -362,7 +362,7 @@ def _note_socket(conn: Any) -> None:
     with suppress(NotAdopted):  # no connection at all
         transport = unwrapped(conn, asyncpg.Connection)._transport
         if not transport.is_closing():
-            under_way.note(transport.get_extra_info("socket").fileno())
+            inflight.note(transport.get_extra_info("socket").fileno())
 
 
 async def _connected_by(given: Hidden[Words], where: str) -> Any:

@@ -13,7 +13,7 @@ import os
 from gc import get_referents
 from typing import Any
 
-from penstock._drivers.sockets import shut_down
+from penstock._process.sockets import shut_down
 
 
 def is_running(loop: asyncio.AbstractEventLoop) -> bool:

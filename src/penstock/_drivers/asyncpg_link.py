@@ -32,7 +32,7 @@ from penstock._drivers.outdated import MARKS, take_from
 from penstock._drivers.protocol import Activity, Outdated, Reply
 from penstock._drivers.renewal import ALONE, is_held
 from penstock._drivers.session_reset import LEARN, literal, reset_message
-from penstock._drivers.sockets import deadline_in, point_at_null, seconds_to
+from penstock._process.sockets import deadline_in, point_at_null, seconds_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping

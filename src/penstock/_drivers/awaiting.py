@@ -15,8 +15,8 @@ from os import getpid
 from time import monotonic
 from typing import Final
 
-from penstock._drivers import sockets
-from penstock._drivers.sockets import READ, WRITE
+from penstock._process import sockets
+from penstock._process.sockets import READ, WRITE
 
 #: Seconds. How late a wait is at most whose registration somebody else has removed.
 BEAT: Final = 0.5

@@ -15,7 +15,7 @@ from penstock._drivers.adopting import NotAdopted, OwnConnect
 from penstock._drivers.psycopg2_diagnose import diagnose
 from penstock._drivers.psycopg2_guard import RAW, set_autocommit
 from penstock._drivers.psycopg2_link import UNKNOWN, Psycopg2Link
-from penstock._drivers.sockets import deadline_in, seconds_to
+from penstock._process.sockets import deadline_in, seconds_to
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection

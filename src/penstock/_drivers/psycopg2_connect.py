@@ -20,16 +20,16 @@ import psycopg2
 from psycopg2.extensions import connection, libpq_version, make_dsn, parse_dsn
 
 from penstock._drivers import psycopg2_adopt as adoption
-from penstock._drivers import under_way
 from penstock._drivers.adopting import NotAdopted, called, unwrapped
 from penstock._drivers.options import names_in, unknown_option
 from penstock._drivers.protocol import UnfitOption
 from penstock._drivers.psycopg2_guard import RAW, classes_for
 from penstock._drivers.psycopg2_limit import limited_connection
-from penstock._drivers.sockets import seconds_to
 from penstock._drivers.trace import ASKED, LET_IN, SPOKE_TLS
+from penstock._process import inflight
+from penstock._process.sockets import seconds_to
+from penstock._process.tracebacks import without_frames
 from penstock.conninfo import KEYWORDS, to_conninfo
-from penstock.frames import without_frames
 from penstock.secret import Hidden, Secret, is_secret
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def connect(recipe: Recipe, deadline: float) -> Any:
     if recipe.kwargs.get("cursor_factory") is not None:
         options["cursor_factory"] = recipe.kwargs["cursor_factory"]
     own = adoption.own_connect()
-    with under_way.searching(ports):
+    with inflight.searching(ports):
         if own is None:
             conn = psycopg2.connect(dsn, **options)
         else:
@@ -234,7 +234,7 @@ def connect(recipe: Recipe, deadline: float) -> Any:
 
 def _note_socket(conn: Any) -> None:
     with suppress(NotAdopted, psycopg2.Error):  # no connection, or a closed one
-        under_way.note(RAW["fileno"](unwrapped(conn, connection)))
+        inflight.note(RAW["fileno"](unwrapped(conn, connection)))
 
 
 def _ports(params: Params) -> list[str]:

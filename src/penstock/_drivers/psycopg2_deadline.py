@@ -26,7 +26,7 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
-from penstock import fork, hub
+from penstock._process import fork, runtime
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -64,7 +64,7 @@ class Bound:
 
     def __init__(self, link: Discards, deadline: float) -> None:
         self._link: Discards | None = link
-        self._lock = hub.Lock()
+        self._lock = runtime.Lock()
         self.deadline = deadline
         self.rang = False
 
@@ -100,15 +100,15 @@ class Bell:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self._ways = hub.ways()
-        self._lock = hub.Lock()
+        self._ways = runtime.ways()
+        self._lock = runtime.Lock()
         self._new: deque[Rings] = deque()
         self._waiting: list[Rings] = []  # the thread's own; here, so that the next one finds them
         self._wake = self._ways.inbox()
         # Until when it sleeps. Whoever adds a deadline publishes it, then looks here; the thread
         # writes this, then looks for new ones. Whichever comes second sees the other.
         self._sleeps_until = inf
-        self._thread: hub.Runner | None = None
+        self._thread: runtime.Runner | None = None
         # Until when no thread starts, around a fork; it expires, in case the end was interrupted.
         self._parked_until = 0.0
 

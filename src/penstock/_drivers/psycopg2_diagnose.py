@@ -22,8 +22,8 @@ from penstock._drivers.protocol import Diagnosis
 from penstock._drivers.psycopg2_adopt import params_used
 from penstock._drivers.psycopg2_connect import connection_params
 from penstock._drivers.psycopg2_tape import heard_in_attempt
-from penstock._drivers.sockets import deadline_in
 from penstock._drivers.trace import SPOKE_TLS, heard_by, spoke_tls
+from penstock._process.sockets import deadline_in
 from penstock.conninfo import to_conninfo
 from penstock.secret import Secret, is_secret
 

@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING, Final
 import psycopg2
 from psycopg2 import extensions
 
-from penstock._drivers.sockets import READ, WRITE, deadline_in, wait
+from penstock._process.sockets import (
+    READ,
+    WRITE,
+    deadline_in,
+    wait,
+)
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection

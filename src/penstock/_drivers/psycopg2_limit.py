@@ -34,10 +34,10 @@ from weakref import ref
 import psycopg2
 from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE, connection, cursor, lobject
 
-from penstock import hub
 from penstock._drivers.psycopg2_deadline import current_bell
 from penstock._drivers.psycopg2_guard import RAW
-from penstock._drivers.sockets import shut_down, shut_down_without_duplicate
+from penstock._process import runtime
+from penstock._process.sockets import shut_down, shut_down_without_duplicate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,13 +70,13 @@ class Clock:
     def __init__(self, conn: connection, limit: StatementLimit) -> None:
         self._conn = ref(conn)  # weak: the connection has this
         self._fd: int = RAW["fileno"](conn)
-        self._lock = hub.Lock()
+        self._lock = runtime.Lock()
         self._bell: Bell | None = None  # that looks at this clock
         self._rested = -inf  # when a look last found nothing asked
         self.limit = limit
         self.deadline = inf
         self.rang = False
-        self.turn = hub.Lock()
+        self.turn = runtime.Lock()
         self.depth = 0
 
     def start(self) -> None:

@@ -44,7 +44,7 @@ from penstock._drivers.psycopg2_guard import (
 from penstock._drivers.psycopg2_limit import LIMIT, limited_cursor
 from penstock._drivers.renewal import ALONE
 from penstock._drivers.session_reset import LEARN, reset_message
-from penstock._drivers.sockets import (
+from penstock._process.sockets import (
     READ,
     deadline_in,
     point_at_null,

@@ -16,7 +16,6 @@ from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
 
 from penstock._drivers import psycopg3_adopt as adoption
 from penstock._drivers import psycopg3_connect as connecting
-from penstock._drivers import under_way
 from penstock._drivers.adopting import NotAdopted, called
 from penstock._drivers.protocol import Diagnosis, Recipe, Reply
 from penstock._drivers.psycopg3_diagnose import diagnose
@@ -33,7 +32,8 @@ from penstock._drivers.psycopg3_link import (
 from penstock._drivers.psycopg3_outdated import failed_at_bind, in_front_of
 from penstock._drivers.psycopg3_reset import LEARN
 from penstock._drivers.psycopg3_wire import all_done, answers, ask
-from penstock._drivers.sockets import deadline_in
+from penstock._process import inflight
+from penstock._process.sockets import deadline_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -238,7 +238,7 @@ class Psycopg3Driver(PsycopgDriver):
     def _opened_by(self, own: OwnConnect, recipe: Recipe, deadline: float) -> Psycopg3Link:
         """A link of what a function gives that is not psycopg's own. It waits as it likes."""
         conninfo, options, ports = adoption.arguments(recipe, deadline)
-        with under_way.searching(ports):
+        with inflight.searching(ports):
             try:
                 conn = called(own, (conninfo,), options, adoption.is_librarys)
             except psycopg.OperationalError as error:

@@ -19,7 +19,6 @@ from psycopg.conninfo import make_conninfo
 from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 
 from penstock._drivers import psycopg3_connect as connecting
-from penstock._drivers import under_way
 from penstock._drivers.adopting import (
     NotAdopted,
     OwnConnect,
@@ -30,8 +29,9 @@ from penstock._drivers.adopting import (
 )
 from penstock._drivers.psycopg3_guard import DeadHandle, equip, is_noted, watched
 from penstock._drivers.psycopg3_limit import LIMIT
-from penstock._drivers.sockets import seconds_to
 from penstock._drivers.trace import SPOKE_TLS
+from penstock._process import inflight
+from penstock._process.sockets import seconds_to
 from penstock.conninfo import is_url
 from penstock.secret import Hidden, Secret, is_secret
 
@@ -197,7 +197,7 @@ def note_socket(conn: Any) -> None:
     """Have a fork let go of the socket of a connection that was just opened."""
     handle = getattr(conn, "pgconn", None)
     if handle is not None and handle.status == ConnStatus.OK:
-        under_way.note(handle.socket)
+        inflight.note(handle.socket)
 
 
 def seconds_left(deadline: float) -> float | None:

@@ -22,7 +22,6 @@ from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
 
 from penstock._drivers import psycopg3_adopt as adoption
 from penstock._drivers import psycopg3_connect as connecting
-from penstock._drivers import under_way
 from penstock._drivers.adopting import NotAdopted, awaited
 from penstock._drivers.awaiting import stop_awaiting
 from penstock._drivers.protocol import Diagnosis, Recipe, Reply
@@ -54,7 +53,8 @@ from penstock._drivers.psycopg3_outdated import failed_at_bind
 from penstock._drivers.psycopg3_reset import LEARN
 from penstock._drivers.psycopg3_wire import all_done, send
 from penstock._drivers.side_threads import call_aside
-from penstock._drivers.sockets import deadline_in, seconds_to
+from penstock._process import inflight
+from penstock._process.sockets import deadline_in, seconds_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -400,7 +400,7 @@ class AsyncPsycopg3Driver(PsycopgDriver):
         """A link of what a function gives that is not psycopg's own. It looks up names as it likes."""
         conninfo, options, ports = adoption.arguments(recipe, deadline)
         limit = asyncio.timeout(seconds_to(deadline))
-        with under_way.searching(ports):
+        with inflight.searching(ports):
             try:
                 async with limit:
                     conn = await awaited(own, (conninfo,), options, adoption.is_librarys)

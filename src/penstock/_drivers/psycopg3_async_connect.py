@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from penstock._drivers import psycopg3_connect as connecting
-from penstock._drivers import under_way
 from penstock._drivers.awaiting import wait
 from penstock._drivers.side_threads import call_aside
-from penstock.frames import without_frames
+from penstock._process import inflight
+from penstock._process.tracebacks import without_frames
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn
@@ -125,7 +125,7 @@ async def _step_until_connected(handle: PGconn, attempt: Params, until: float) -
     while wanted:
         # The descriptor can change between steps: ask each time.
         fd = handle.socket
-        under_way.note(fd)
+        inflight.note(fd)
         if not await wait(fd, wanted, until):
             raise connecting.too_late(attempt)
         wanted = connecting.next_step(handle.connect_poll())

@@ -23,7 +23,7 @@ from penstock._drivers.psycopg3_async_wire import CUT_OFF, stop_statement
 from penstock._drivers.psycopg3_guard import noted_of
 from penstock._drivers.psycopg3_limit import LIMIT
 from penstock._drivers.psycopg3_outdated import AsyncNotesOutdated, note
-from penstock._drivers.sockets import deadline_in
+from penstock._process.sockets import deadline_in
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen

@@ -17,7 +17,7 @@ from penstock._drivers import side_threads
 from penstock._drivers.awaiting import wait
 from penstock._drivers.psycopg3_connect import next_step
 from penstock._drivers.psycopg3_wire import COPYING
-from penstock._drivers.sockets import READ, WRITE
+from penstock._process.sockets import READ, WRITE
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGcancelConn, PGconn, PGresult

@@ -21,11 +21,11 @@ import psycopg
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from penstock._drivers import under_way
 from penstock._drivers.options import names_in, unknown_option
-from penstock._drivers.sockets import READ, WRITE, wait
 from penstock._drivers.trace import SPOKE_TLS, spoke_tls
-from penstock.frames import without_frames
+from penstock._process import inflight
+from penstock._process.sockets import READ, WRITE, wait
+from penstock._process.tracebacks import without_frames
 from penstock.secret import Secret, is_secret
 
 if TYPE_CHECKING:
@@ -327,7 +327,7 @@ def _step_until_connected(handle: PGconn, attempt: Params, until: float, tape: T
     while wanted:
         # The descriptor can change between steps (TLS refused, next address): ask each time.
         fd = handle.socket
-        under_way.note(fd)
+        inflight.note(fd)
         if not wait(fd, wanted, until):
             raise too_late(attempt)
         wanted = next_step(handle.connect_poll())

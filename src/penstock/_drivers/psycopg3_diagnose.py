@@ -26,8 +26,8 @@ from penstock._drivers.psycopg3_connect import (
     share_of,
 )
 from penstock._drivers.psycopg3_tape import Tape
-from penstock._drivers.sockets import deadline_in
 from penstock._drivers.trace import heals, spoke_tls
+from penstock._process.sockets import deadline_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,7 +23,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from penstock._drivers.awaiting import stop_awaiting
-from penstock._drivers.sockets import shut_down
+from penstock._process.sockets import shut_down
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen

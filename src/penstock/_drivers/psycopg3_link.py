@@ -39,7 +39,12 @@ from penstock._drivers.psycopg3_renewal import renewed
 from penstock._drivers.psycopg3_reset import reset_message
 from penstock._drivers.psycopg3_wire import all_done, send
 from penstock._drivers.renewal import ALONE, is_held
-from penstock._drivers.sockets import READ, point_at_null, shut_down, wait
+from penstock._process.sockets import (
+    READ,
+    point_at_null,
+    shut_down,
+    wait,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

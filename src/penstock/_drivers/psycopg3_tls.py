@@ -16,7 +16,7 @@ from pathlib import Path
 from struct import pack
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from penstock._drivers.sockets import seconds_to
+from penstock._process.sockets import seconds_to
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

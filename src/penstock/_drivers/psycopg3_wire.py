@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from psycopg.pq import ExecStatus
 
-from penstock._drivers.sockets import READ, WRITE, wait
+from penstock._process.sockets import READ, WRITE, wait
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,8 +18,8 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from penstock import hub
-from penstock.lock import Lock
+from penstock._process import runtime
+from penstock._process.lock import Lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -119,7 +119,7 @@ class SideThreads:
     def _start(self) -> None:
         try:
             thread = threading.Thread(target=self._work, name="penstock-aside", daemon=True)
-            hub.start_aside(thread.start)
+            runtime.start_aside(thread.start)
         except BaseException:  # there is no thread to be had; the queue keeps nothing of us
             with self._lock:
                 self._threads -= 1

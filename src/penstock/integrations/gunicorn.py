@@ -19,7 +19,8 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock import fork, pools
+from penstock import pools
+from penstock._process import fork
 from penstock.integrations import gunicorn_limits, gunicorn_traps
 
 if TYPE_CHECKING:

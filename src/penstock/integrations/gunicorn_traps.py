@@ -13,7 +13,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from penstock import hub
+from penstock._process import runtime
 from penstock.aio import AsyncConnectionPool
 from penstock.threads import ConnectionPool
 
@@ -66,7 +66,7 @@ def what_it_runs_on(made: list[Pool]) -> str:
 def _runtime(pool: Pool) -> str:
     if isinstance(pool, AsyncConnectionPool):
         return "asyncio"
-    return "gevent" if hub.is_green() else "threads"
+    return "gevent" if runtime.is_green() else "threads"
 
 
 def _driver(pool: Pool) -> str:
@@ -145,7 +145,7 @@ def interface_of(app: Any) -> str | None:
 def _blocks_the_hub(made: list[Pool]) -> Iterator[str]:
     """Waits that stop all greenlets of the worker. Our drivers put theirs right by themselves."""
     drivers = {_driver(pool) for pool in made}
-    if not hub.has_green_waits():
+    if not runtime.has_green_waits():
         yield (
             "this gevent worker has not patched `select`: each statement will stop all its "
             "greenlets. Next step: gevent.monkey.patch_all() without exceptions"

@@ -24,12 +24,12 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet, WeakValueDictionary
 
-from penstock import hub
 from penstock._machine.slot import Reason
+from penstock._process import runtime
+from penstock._process.lock import Lock
+from penstock._process.stacks import place_of_caller
 from penstock.borrowing import GivenBack
 from penstock.errors import MisuseError
-from penstock.lock import Lock
-from penstock.stacks import place_of_caller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -229,7 +229,7 @@ class Loans:
         self.answered = ""
         self.refused = False
         # A unit waits for a connection while it has this: on gevent it is a lock that lets others run.
-        self._lock: Any = threading.RLock() if hub.is_green() else Lock()
+        self._lock: Any = threading.RLock() if runtime.is_green() else Lock()
         self._open: dict[str, Loan] = {}
         # Those that only their stream keeps, after the request.
         self._streamed: WeakValueDictionary[str, Loan] = WeakValueDictionary()

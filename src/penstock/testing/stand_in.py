@@ -21,7 +21,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock._drivers.sockets import point_at_null
+from penstock._process.sockets import point_at_null
 from penstock.errors import MisuseError
 from penstock.testing import messages as say
 from penstock.testing.dialog import Dialog

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from penstock._machine.progress import CONNECT_SECONDS
 from penstock._machine.slot import Slot, SlotState
-from penstock.clock import clock
+from penstock._process.clock import clock
 from penstock.opening import Opener
 from penstock.testing.stand_in import NUMBER, StandIn
 from penstock.threads import ConnectionPool
@@ -273,7 +273,7 @@ def _connected(recipe: Recipe) -> Any:
     import psycopg  # noqa: PLC0415
 
     from penstock._drivers import psycopg3_connect as connecting  # noqa: PLC0415
-    from penstock._drivers.sockets import deadline_in  # noqa: PLC0415
+    from penstock._process.sockets import deadline_in  # noqa: PLC0415
 
     params = connecting.connection_params(recipe)
     params |= {"sslmode": "disable", "gssencmode": "disable"}

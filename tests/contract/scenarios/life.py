@@ -250,7 +250,7 @@ async def health_tells_down_from_busy(w):
 async def long_down(w, pool):
     """An outage in which nobody has waited for long: the next attempt is half a minute away."""
     from penstock import ServerUnavailable
-    from penstock.clock import clock
+    from penstock._process.clock import clock
     from penstock.testing import Mode
 
     w.server.mode = Mode.DOWN
@@ -266,7 +266,7 @@ async def long_down(w, pool):
 
 @fake_scenario
 async def a_pool_that_only_probes_ask_about_is_ready_soon_after_its_server(w):
-    from penstock.clock import clock
+    from penstock._process.clock import clock
     from penstock.testing import Mode
 
     for min_size in (1, 0):

@@ -259,7 +259,7 @@ async def what_is_condemned_during_its_ping_is_not_lent_though_it_was_answered(w
 
 @fake_scenario
 async def where_nothing_watches_each_borrow_looks_at_the_connection(w):
-    from penstock import watch
+    from penstock._process import watch
 
     w.patch.setattr(watch, "available", lambda: False)
     pool = w.pool(min_size=0, max_size=2)

@@ -7,7 +7,7 @@ more, so that a server that says nothing keeps no other pool from its own. The k
 something is due: an idle process is never woken.
 
 It must not know: what a pool decides, what a driver does, whether its runners are threads or
-greenlets (`hub.py` does). A job is a callable; a pool is reached through a weak reference, so that
+greenlets (`_process/runtime.py` does). A job is a callable; a pool is reached through a weak reference, so that
 the keeper keeps none alive.
 
 Started at first use *in this process*, never at import; daemon, so that it keeps no interpreter from
@@ -32,9 +32,9 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock import fork, hub
 from penstock._machine.slot import SlotRef
-from penstock.clock import clock
+from penstock._process import fork, runtime
+from penstock._process.clock import clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +84,7 @@ class Keeper:
     """The runner, its inbox and its workers. Use `current()`; a forked child has its own."""
 
     def __init__(self) -> None:
-        self._ways = hub.ways()
+        self._ways = runtime.ways()
         self.inbox = self._ways.inbox()
         self._jobs: queue.SimpleQueue[Job] = SimpleQueue()
         self._timers: dict[weakref.ref[Kept], float] = {}
@@ -92,14 +92,14 @@ class Keeper:
         # Until when the keeper sleeps; infinite while it is awake, so that it is nudged in vain
         # rather than not at all.
         self._sleeps_until = float("inf")
-        self._lock = hub.Lock()
-        self._thread: hub.Runner | None = None
-        self._workers: set[hub.Runner] = set()
+        self._lock = runtime.Lock()
+        self._thread: runtime.Runner | None = None
+        self._workers: set[runtime.Runner] = set()
         # When each worker began with its job; its own to write.
         self._began: dict[object, float] = {}
         self._more = _MoreWorkers(self)
         # Workers that have nothing to do any more, and may not be gone yet.
-        self._leaving: deque[hub.Runner] = deque(maxlen=CONNECT_CONCURRENCY)
+        self._leaving: deque[runtime.Runner] = deque(maxlen=CONNECT_CONCURRENCY)
         # In a forked child: a greenlet of the parent's may be run again there, but must do nothing.
         self._abandoned = False
         # Until when no thread starts, around a fork; it expires, in case the end was interrupted.
@@ -351,11 +351,11 @@ class _MoreWorkers:
             keeper._ensure_more()
 
 
-def _is_alive(runner: hub.Runner) -> bool:
+def _is_alive(runner: runtime.Runner) -> bool:
     return runner.is_alive()
 
 
-def _wait_gone(thread: hub.Runner | None, deadline: float) -> None:
+def _wait_gone(thread: runtime.Runner | None, deadline: float) -> None:
     # A start can have been interrupted.
     if isinstance(thread, threading.Thread) and thread.ident is not None:
         fork.wait_gone(thread, max(0.0, deadline - clock()))
@@ -365,7 +365,7 @@ def _wait_gone(thread: hub.Runner | None, deadline: float) -> None:
 _ending: list[bool] = []
 
 
-def _try_to_start(runner: hub.Runner) -> bool:
+def _try_to_start(runner: runtime.Runner) -> bool:
     try:
         runner.start()
     except RuntimeError as error:  # the interpreter is ending, or the system has no thread left
@@ -417,7 +417,7 @@ def current() -> Keeper:
     return kept if kept.fits() else _make()
 
 
-_making = [hub.Lock()]
+_making = [runtime.Lock()]
 
 
 def _make() -> Keeper:
@@ -452,7 +452,7 @@ def _unpark() -> None:
 
 def _forget() -> None:
     """In a forked child: the inherited keeper has no thread, and its lock may be held for ever."""
-    _making[0] = hub.Lock()
+    _making[0] = runtime.Lock()
     for keeper in tuple(_keepers):
         keeper.abandon()
     _keepers.clear()

@@ -24,7 +24,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
-from penstock import fork, hub
+from penstock._process import fork, runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +50,7 @@ def available() -> bool:
 
 def _select(name: str) -> Any:
     """What `select` has: gevent deletes `epoll`, and replaces `poll` by one that waits in the hub."""
-    return hub.original("select", name)
+    return runtime.original("select", name)
 
 
 class _Entry:
@@ -104,8 +104,8 @@ class Watch:
         self._hung_up = hung_up
         self._threaded = threaded
         self._entries: dict[int, _Entry] = {}
-        self._lock = hub.Lock()
-        self._changing = hub.Lock()
+        self._lock = runtime.Lock()
+        self._changing = runtime.Lock()
         self._ep: Any = None
         self._wake = -1  # an eventfd
         self._run: _Run | None = None
@@ -233,8 +233,8 @@ class Watch:
 
     def after_fork_in_child(self) -> None:
         """Forget what was inherited; repeatable. The new epoll is made at the next `add`."""
-        self._lock = hub.Lock()  # another thread may have held the old one
-        self._changing = hub.Lock()
+        self._lock = runtime.Lock()  # another thread may have held the old one
+        self._changing = runtime.Lock()
         self._run = None
         self._drop_all()
 
@@ -262,7 +262,7 @@ class Watch:
         fork.on_after_in_child(self.after_fork_in_child)
         ep = _select("epoll")()
         if self._threaded:
-            self._listener = hub.listen(ep.fileno(), self._collect_in_hub)
+            self._listener = runtime.listen(ep.fileno(), self._collect_in_hub)
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         ep.register(self._wake, _EPOLLIN)
         self._ep = ep
@@ -284,7 +284,7 @@ class Watch:
         """The hub that listened may have been destroyed: find the one that is there now."""
         with self._lock:
             if not self._listens():
-                self._listener = hub.listen(self._ep.fileno(), self._collect_in_hub)
+                self._listener = runtime.listen(self._ep.fileno(), self._collect_in_hub)
 
     def _collect_in_hub(self) -> None:
         """As one lap of the thread: what an interrupt cuts off is swept up right after."""
@@ -305,7 +305,7 @@ class Watch:
             return
         self._run = run = _Run(self)
         try:
-            hub.start_aside(run.thread.start)
+            runtime.start_aside(run.thread.start)
         except RuntimeError:  # the interpreter is ending, or no thread is to be had
             _log.warning("the watcher's thread cannot start; trying again at the next connection")
 

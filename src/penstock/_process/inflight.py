@@ -23,8 +23,8 @@ from _socket import socket as RawSocket  # noqa: N812
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
-from penstock import fork
-from penstock._drivers.sockets import point_at_null
+from penstock._process import fork
+from penstock._process.sockets import point_at_null
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

@@ -1,4 +1,4 @@
-"""gevent's half of `hub.py`: gates, the keeper's inbox and runners, and what the hub listens to.
+"""gevent's half of `_process/runtime.py`: gates, the keeper's inbox and runners, and what the hub listens to.
 
 One job: be to greenlets what `_queue.SimpleQueue` and `threading.Thread` are to threads.
 

@@ -5,9 +5,9 @@ of `gunicorn --preload -k gevent` patches long after the application was importe
 made. So nothing here is decided at import. Each question is asked when something is made (a gate for
 one who waits, the keeper, the watcher), and again in a forked child, where all of it is made anew.
 
-Locks are native in both cases (`Lock`, see lock.py).
+Locks are native in both cases (`Lock`, see _process/lock.py).
 
-It must not know: pools, slots, drivers. gevent is imported by `greenlets.py`, which is imported only
+It must not know: pools, slots, drivers. gevent is imported by `_process/greenlets.py`, which is imported only
 where gevent has patched.
 """
 
@@ -21,7 +21,7 @@ from _queue import SimpleQueue  # the native one, whatever is patched
 from _thread import _local, start_new_thread
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from penstock import lock
+from penstock._process import lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -95,7 +95,7 @@ class _Thread(threading.Thread):
 def start_aside(start: Callable[[], object]) -> None:
     """Call a thread's `start` where no signal strikes: in a thread of its own.
 
-    From CPython 3.14 on (see lock.py) a signal's exception in `threading.Thread.start` can leave one of
+    From CPython 3.14 on (see _process/lock.py) a signal's exception in `threading.Thread.start` can leave one of
     that module's locks held, which belongs to all threads of the process: none could start any more.
     Signals strike the main thread only. This waits, as `start` does, until the thread runs.
 
@@ -180,7 +180,7 @@ def _greenlets() -> Any:
     """
     if not _found:
         with _finding:
-            from penstock import greenlets  # noqa: PLC0415
+            from penstock._process import greenlets  # noqa: PLC0415
 
             _found.append(greenlets)
     return _found[0]

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
-from penstock import hub, keeper
-from penstock.clock import clock
+from penstock._process import keeper, runtime
+from penstock._process.clock import clock
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -34,7 +34,7 @@ class Alarm:
     def __init__(self, link: Any, seconds: float) -> None:
         self._link = link
         self._seconds = seconds
-        self._lock = hub.Lock()
+        self._lock = runtime.Lock()
         self._armed = False
         self.rang = False
 

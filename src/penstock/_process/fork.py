@@ -29,8 +29,8 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Protocol
 
-from penstock import hub
-from penstock.lock import Lock
+from penstock._process import runtime
+from penstock._process.lock import Lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -258,7 +258,7 @@ def noticed() -> None:
         reports = threading.Thread(
             target=_report_all, args=(failures,), name="penstock-fork-report", daemon=True
         )
-        hub.start_aside(reports.start)
+        runtime.start_aside(reports.start)
 
 
 class _Turn:
