@@ -23,7 +23,7 @@ import psycopg_pool
 from report import environment, heading, options, save, table
 
 from penstock import AsyncConnectionPool, PoolConfig
-from penstock.conninfo import parse, to_url
+from penstock.config.conninfo import parse, to_url
 from penstock.launcher import Server
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import pytest
 
-from penstock.application_name import application_name
-from penstock.config import OPTIONS, PoolConfig
+from penstock.config.application_name import application_name
+from penstock.config.pool_config import OPTIONS, PoolConfig
+from penstock.config.redacted import redacted
+from penstock.config.secret import Secret
 from penstock.errors import ConfigError
-from penstock.redacted import redacted
-from penstock.secret import Secret
 
 
 def refuse() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from penstock._drivers import DriverNotFoundError
 from penstock._machine.stats import Stats
-from penstock.config import PoolConfig
+from penstock.config.pool_config import PoolConfig
 from penstock.errors import (
     ConfigError,
     MisuseError,

@@ -33,9 +33,9 @@ from penstock.async_lease import AsyncCarefulLease, AsyncLease
 from penstock.async_opening import AsyncOpener
 from penstock.async_upkeep import let_go_of_all, orphaned
 from penstock.borrowing import FOREVER, notice_fork
-from penstock.config import PoolConfig
+from penstock.config.pool_config import PoolConfig
+from penstock.config.secret import Hidden
 from penstock.result import Result
-from penstock.secret import Hidden
 from penstock.statement_limit import limit_of
 from penstock.task_reports import TaskReporter
 from penstock.threads import abandon, new, next_name, refuse_guard_without_renewal
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from penstock._drivers.protocol import AsyncDriver
     from penstock._machine.slot import Slot
-    from penstock.config import AsyncOptions
+    from penstock.config.pool_config import AsyncOptions
     from penstock.reports import Health
 
     Conninfo = str | Callable[[], str | Awaitable[str]]

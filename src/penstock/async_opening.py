@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock._machine.progress import CONNECT_SECONDS, Progress
 from penstock._process.clock import clock
+from penstock.config.secret import Hidden
 from penstock.opening import (
     DIAGNOSE_SECONDS,
     DRIVER_GRACE,
@@ -31,13 +32,12 @@ from penstock.opening import (
     refuse_unfinished,
     undiagnosed,
 )
-from penstock.secret import Hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from penstock._drivers.protocol import Diagnosis, Recipe, StatementLimit
-    from penstock.config import PoolConfig
+    from penstock.config.pool_config import PoolConfig
 
 
 class AsyncOpener:

@@ -17,7 +17,7 @@ from penstock.pools import NamedPools
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from penstock.config import PoolConfig
+    from penstock.config.pool_config import PoolConfig
 
 
 class AsyncPools(NamedPools[AsyncConnectionPool[Any]]):

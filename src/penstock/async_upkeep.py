@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from penstock._machine.machine import Machine
     from penstock._machine.progress import Progress
     from penstock.async_opening import AsyncOpener
-    from penstock.config import PoolConfig
+    from penstock.config.pool_config import PoolConfig
     from penstock.errors import PenstockError
     from penstock.reports import Reporter
 

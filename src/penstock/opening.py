@@ -25,11 +25,11 @@ from penstock._machine.progress import CONNECT_SECONDS, Progress
 from penstock._process.clock import clock
 from penstock._process.tracebacks import place_noted, without_frames
 from penstock._process.watchdog import Alarm
-from penstock.application_name import application_name
-from penstock.conninfo import Wrong, read
+from penstock.config.application_name import application_name
+from penstock.config.conninfo import Wrong, read
+from penstock.config.secret import Hidden, Secret, lifted
 from penstock.errors import ConfigError
 from penstock.errors.next_steps import STEP_HANGS
-from penstock.secret import Hidden, Secret, lifted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     Files = tuple[tuple[str, str, int, int, int], ...]
 
     from penstock._drivers.protocol import StatementLimit
-    from penstock.config import PoolConfig
+    from penstock.config.pool_config import PoolConfig
 
 #: A silent network cut sends nothing. Each only where the user set nothing: 30 + 3 x 10 s find a
 #: dead peer of an idle connection, 60 s one that does not acknowledge what we sent. Not less: 2 s

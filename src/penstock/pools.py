@@ -14,12 +14,12 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from penstock import sources
 from penstock._process import fork
 from penstock._process.clock import clock
-from penstock.config import PoolConfig
+from penstock.config import loaders
+from penstock.config.pool_config import PoolConfig
+from penstock.config.secret import Hidden
 from penstock.errors import MisuseError
-from penstock.secret import Hidden
 from penstock.threads import ConnectionPool
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class NamedPools(Mapping[str, PoolT], Generic[PoolT]):
         Raises:
             ConfigError: naming key, file and line.
         """
-        return cls(sources.many_from_file(path, sections, PoolConfig))
+        return cls(loaders.many_from_file(path, sections, PoolConfig))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
@@ -80,7 +80,7 @@ class NamedPools(Mapping[str, PoolT], Generic[PoolT]):
         """
         given = Hidden(mapping)
         del mapping
-        return cls(sources.many_from_mapping(given, PoolConfig))
+        return cls(loaders.many_from_mapping(given, PoolConfig))
 
     @classmethod
     def from_env(cls, prefix: str = "PENSTOCK_") -> Self:
@@ -92,7 +92,7 @@ class NamedPools(Mapping[str, PoolT], Generic[PoolT]):
         Raises:
             ConfigError: naming the variable.
         """
-        return cls(sources.many_from_env(prefix, PoolConfig))
+        return cls(loaders.many_from_env(prefix, PoolConfig))
 
     # -- which pools ------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class NamedPools(Mapping[str, PoolT], Generic[PoolT]):
         """
         if len(self._pools) == 1:
             return next(iter(self._pools.values()))
-        pool = self._pools.get(sources.DEFAULT)
+        pool = self._pools.get(loaders.DEFAULT)
         if pool is None:
             names = ", ".join(map(repr, self._pools)) or "none"
             raise MisuseError(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import weakref
     from collections.abc import Callable
 
-    from penstock.config import PoolConfig
+    from penstock.config.pool_config import PoolConfig
 
 OPTION = "statement_timeout_client"
 

@@ -35,7 +35,8 @@ from penstock._process import (
 )
 from penstock._process.clock import clock
 from penstock.borrowing import FOREVER, Borrowing, notice_fork
-from penstock.config import PoolConfig
+from penstock.config.pool_config import PoolConfig
+from penstock.config.secret import Hidden
 from penstock.dedicated import Dedicated, DedicatedInTurns
 from penstock.errors import ConfigError
 from penstock.lease import (
@@ -49,7 +50,6 @@ from penstock.lease import (
 from penstock.opening import Opener
 from penstock.reports import Health, Reporter
 from penstock.result import Result
-from penstock.secret import Hidden
 from penstock.statement_limit import limit_of
 from penstock.two_ends import Entering
 
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
     from penstock._drivers.protocol import Driver
     from penstock._machine.slot import Slot
-    from penstock.config import Options
+    from penstock.config.pool_config import Options
     from penstock.errors import PenstockError
 
 ConnT = TypeVar("ConnT")

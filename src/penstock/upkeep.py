@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from penstock._machine.machine import Machine
     from penstock._process.lock import Lock
-    from penstock.config import PoolConfig
+    from penstock.config.pool_config import PoolConfig
     from penstock.opening import Opener
     from penstock.reports import Reporter
 

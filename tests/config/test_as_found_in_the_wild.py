@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from penstock import ConfigError, ConnectionPool, PoolConfig, ServerUnavailable
+from penstock.config.loaders import many_from_env, many_from_file, many_from_mapping
+from penstock.config.secret import Hidden
 from penstock.conninfo import parse
-from penstock.secret import Hidden
-from penstock.sources import many_from_env, many_from_file, many_from_mapping
 
 if TYPE_CHECKING:
     from pathlib import Path

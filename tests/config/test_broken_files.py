@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from penstock import ConfigError
-from penstock.config import PoolConfig
-from penstock.sources import many_from_file
+from penstock.config.loaders import many_from_file
+from penstock.config.pool_config import PoolConfig
 from tests.config.seen import shown
 
 if TYPE_CHECKING:

@@ -8,7 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from penstock.conninfo import KEYWORDS, parse, to_conninfo, to_url
+from penstock.config.conninfo import (
+    KEYWORDS,
+    parse,
+    to_conninfo,
+    to_url,
+)
 from penstock.errors import ConfigError
 
 if TYPE_CHECKING:

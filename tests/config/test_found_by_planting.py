@@ -1,6 +1,6 @@
 """What no other test noticed when it was planted (tests/planted), of secrets."""
 
-from penstock.secret import Hidden, Secret
+from penstock.config.secret import Hidden, Secret
 
 
 def test_a_slice_of_a_secret_is_secret_too() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from penstock import ConnectionPool, PoolConfig, Pools
+from penstock.config.loaders import many_from_file
 from penstock.conninfo import parse, to_conninfo, to_url
-from penstock.sources import many_from_file
 from tests.config.seen import shown
 
 S = "hunter2Hunter2"

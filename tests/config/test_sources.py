@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from penstock import ConfigError, PoolConfig
-from penstock.conninfo import KEYWORDS, parse
-from penstock.settings import PasswordFile, options_of
-from penstock.sources import many_from_env, many_from_file
+from penstock.config.conninfo import KEYWORDS, parse
+from penstock.config.loaders import many_from_env, many_from_file
+from penstock.config.schema import PasswordFile, options_of
 
 POST = """
 [POSTGRES]

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from penstock import PoolConfig
-from penstock.conninfo import KEYWORDS, parse, to_conninfo, to_url
+from penstock.config.conninfo import (
+    KEYWORDS,
+    parse,
+    to_conninfo,
+    to_url,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,7 +19,7 @@ from tests.drivers.asyncpg_links import SECONDS, comes_true, one, opened, socket
 from penstock._drivers import asyncpg_connect, asyncpg_passfile
 from penstock._drivers.asyncpg import driver
 from penstock._drivers.protocol import Activity, Recipe
-from penstock.conninfo import parse, to_url
+from penstock.config.conninfo import parse, to_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

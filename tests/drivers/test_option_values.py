@@ -17,7 +17,7 @@ from tests.config.seen import shown
 from tests.drivers.async_links import LOOPS, run
 
 from penstock import AsyncConnectionPool, ConnectionPool, PoolConfig, ServerUnavailable
-from penstock.secret import Secret
+from penstock.config.secret import Secret
 from penstock.testing import AsyncFakeDriver, FakeDriver, FakeServer
 
 S = "hunter2Hunter2"

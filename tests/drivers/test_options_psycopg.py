@@ -13,7 +13,7 @@ from tests.drivers.async_links import run
 from tests.drivers.option_rows import Row, config_of, libpq_rows, ways_of
 
 from penstock import AsyncConnectionPool, ConfigError, ConnectionPool, PoolConfig, ServerUnavailable
-from penstock.conninfo import parse
+from penstock.config.conninfo import parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,7 @@ import pytest
 from tests.drivers.option_rows import Row, config_of, libpq_rows, ways_of
 
 from penstock import ConfigError, ConnectionPool, PoolConfig, ServerUnavailable
-from penstock.conninfo import KEYWORDS
+from penstock.config.conninfo import KEYWORDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,7 +16,7 @@ from penstock import AsyncConnectionPool, MisuseError, ServerUnavailable, Statem
 from penstock._drivers import asyncpg as own
 from penstock._drivers import asyncpg_guard
 from penstock._drivers.protocol import Recipe
-from penstock.conninfo import parse
+from penstock.config.conninfo import parse
 from penstock.drivers import AsyncAdopts, NotAdopted
 
 PATIENCE = 20.0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.config import OPTIONS, AsyncOptions, Options
+from penstock.config.pool_config import OPTIONS, AsyncOptions, Options
 
 HERE = Path(__file__).parent
 FILES = [str(HERE / name) for name in ("as_users_write.py", "as_users_should_not.py")]

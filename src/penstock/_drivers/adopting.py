@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from penstock.secret import Hidden
+    from penstock.config.secret import Hidden
 
 #: How many proxies may be around each other.
 _DEEPEST: Final = 20

@@ -32,8 +32,13 @@ from penstock._drivers.protocol import UnfitOption
 from penstock._drivers.side_threads import call_aside
 from penstock._process import inflight
 from penstock._process.tracebacks import place_noted, without_frames
-from penstock.conninfo import KEYWORDS, Wrong, read, to_url
-from penstock.secret import Hidden, Secret, is_secret
+from penstock.config.conninfo import (
+    KEYWORDS,
+    Wrong,
+    read,
+    to_url,
+)
+from penstock.config.secret import Hidden, Secret, is_secret
 
 if TYPE_CHECKING:
     from penstock._drivers.protocol import Recipe

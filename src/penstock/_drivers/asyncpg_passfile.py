@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from penstock.secret import Secret
+from penstock.config.secret import Secret
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import asyncpg
 
-from penstock.conninfo import to_url
+from penstock.config.conninfo import to_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from penstock.secret import Hidden
+    from penstock.config.secret import Hidden
 
 _MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _FILES: Final = ("sslcert", "sslkey", "sslpassword", "sslrootcert", "sslcrl")

@@ -9,8 +9,8 @@ import difflib
 from typing import TYPE_CHECKING, Final
 
 from penstock._drivers.protocol import UnfitOption
-from penstock.conninfo import Wrong, read
-from penstock.secret import Secret
+from penstock.config.conninfo import Wrong, read
+from penstock.config.secret import Secret
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -26,7 +26,7 @@ from penstock._drivers.adopting import (
 )
 from penstock._drivers.psycopg2_guard import RAW, Classes, classes_for, classes_of, is_noted
 from penstock._drivers.psycopg2_limit import LIMIT, Clock, limited_connection
-from penstock.secret import Hidden
+from penstock.config.secret import Hidden
 
 if TYPE_CHECKING:
     from penstock._drivers.protocol import Recipe

@@ -29,8 +29,8 @@ from penstock._drivers.trace import ASKED, LET_IN, SPOKE_TLS
 from penstock._process import inflight
 from penstock._process.sockets import seconds_to
 from penstock._process.tracebacks import without_frames
-from penstock.conninfo import KEYWORDS, to_conninfo
-from penstock.secret import Hidden, Secret, is_secret
+from penstock.config.conninfo import KEYWORDS, to_conninfo
+from penstock.config.secret import Hidden, Secret, is_secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,8 +24,8 @@ from penstock._drivers.psycopg2_connect import connection_params
 from penstock._drivers.psycopg2_tape import heard_in_attempt
 from penstock._drivers.trace import SPOKE_TLS, heard_by, spoke_tls
 from penstock._process.sockets import deadline_in
-from penstock.conninfo import to_conninfo
-from penstock.secret import Secret, is_secret
+from penstock.config.conninfo import to_conninfo
+from penstock.config.secret import Secret, is_secret
 
 if TYPE_CHECKING:
     from penstock._drivers.protocol import Recipe

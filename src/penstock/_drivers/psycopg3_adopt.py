@@ -32,8 +32,8 @@ from penstock._drivers.psycopg3_limit import LIMIT
 from penstock._drivers.trace import SPOKE_TLS
 from penstock._process import inflight
 from penstock._process.sockets import seconds_to
-from penstock.conninfo import is_url
-from penstock.secret import Hidden, Secret, is_secret
+from penstock.config.conninfo import is_url
+from penstock.config.secret import Hidden, Secret, is_secret
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

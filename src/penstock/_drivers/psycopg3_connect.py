@@ -26,7 +26,7 @@ from penstock._drivers.trace import SPOKE_TLS, spoke_tls
 from penstock._process import inflight
 from penstock._process.sockets import READ, WRITE, wait
 from penstock._process.tracebacks import without_frames
-from penstock.secret import Secret, is_secret
+from penstock.config.secret import Secret, is_secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable

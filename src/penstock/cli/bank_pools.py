@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from flask import g
 
-from penstock.config import PoolConfig
+from penstock.config.pool_config import PoolConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

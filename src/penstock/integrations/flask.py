@@ -30,13 +30,13 @@ from flask import globals as flask_globals
 from werkzeug.exceptions import ServiceUnavailable
 from werkzeug.wrappers import Response as AnyResponse
 
+from penstock.config.secret import Hidden
 from penstock.errors import MisuseError, PoolTimeout, TooManyRequests
 from penstock.errors import ServerUnavailable as DatabaseUnavailable
 from penstock.integrations import flask_settings
 from penstock.integrations.flask_settings import MAIN
 from penstock.integrations.flask_streams import Streamed
 from penstock.integrations.loans import Loan, Loans, execute
-from penstock.secret import Hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

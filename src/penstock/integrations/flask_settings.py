@@ -2,7 +2,7 @@
 
 One job: read the `PENSTOCK_` keys, and have every error name the key that is wrong.
 
-It must not know: requests, contexts; what a database's keys mean, which is settings.py's to say.
+It must not know: requests, contexts; what a database's keys mean, which is config/schema.py's to say.
 Secrets: what may hold one is in a `Hidden` box or an `Entry`. No lock: it runs in `init_app`, and
 opens nothing.
 """
@@ -16,11 +16,11 @@ from difflib import get_close_matches
 from typing import Any, Final
 
 from penstock import _drivers
-from penstock.config import PoolConfig
+from penstock.config.pool_config import PoolConfig
+from penstock.config.schema import keys_of, options_of, pool_config
+from penstock.config.secret import Hidden
+from penstock.config.sections import Entry, Section, as_secret
 from penstock.errors import ConfigError
-from penstock.secret import Hidden
-from penstock.sections import Entry, Section, as_secret
-from penstock.settings import keys_of, options_of, pool_config
 from penstock.threads import ConnectionPool
 
 PREFIX: Final = "PENSTOCK_"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from penstock.conninfo import (
+from penstock.config.conninfo import (
     KEYWORDS,
     Wrong,
     foreign,
@@ -28,15 +28,15 @@ from penstock.conninfo import (
     to_conninfo,
     unwritable,
 )
+from penstock.config.secret import Hidden, Secret
+from penstock.config.sections import expanded
+from penstock.config.spelling import resembling
 from penstock.errors import ConfigError
-from penstock.secret import Hidden, Secret
-from penstock.sections import expanded
-from penstock.spelling import resembling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from penstock.sections import Entry, Section
+    from penstock.config.sections import Entry, Section
 
 ConfigT = TypeVar("ConfigT")
 

@@ -2,7 +2,7 @@
 
 Whoever has a PoolConfig need not check again: numbers are numbers, in range, and fit each other.
 
-It must not know: how pools work, any driver, files and environment variables (`sources.py` reads them). It
+It must not know: how pools work, any driver, files and environment variables (`config/loaders.py` reads them). It
 calls none of the user's callables.
 
 No lock: values do not change.
@@ -19,12 +19,12 @@ from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict, get_origin
 
 from penstock._machine.policy import Limits
-from penstock.conninfo import foreign
+from penstock.config.conninfo import foreign
+from penstock.config.loaders import Readable
+from penstock.config.redacted import redacted
+from penstock.config.secret import Hidden, Unfit, veiled
+from penstock.config.spelling import resembling
 from penstock.errors import ConfigError
-from penstock.redacted import redacted
-from penstock.secret import Hidden, Unfit, veiled
-from penstock.sources import Readable
-from penstock.spelling import resembling
 
 if TYPE_CHECKING:
     from penstock._drivers.protocol import AsyncDriver, Driver

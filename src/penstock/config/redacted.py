@@ -1,6 +1,6 @@
 """A conninfo without its secrets, for repr, logs and errors.
 
-It reads more strictly than `conninfo.py`: a password with an unescaped ``@`` is read by libpq as
+It reads more strictly than `config/conninfo.py`: a password with an unescaped ``@`` is read by libpq as
 something, but by its user as something else, and what leaves such a doubt is not shown.
 
 It must not know: pools, options, what settings mean. No lock: pure functions that never raise.

@@ -15,8 +15,8 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from penstock.config.secret import Secret
 from penstock.errors import ConfigError
-from penstock.secret import Secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,11 +15,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock.inifile import Broken
-from penstock.sections import Entry, Section, as_secret
+from penstock.config.ini import Broken
+from penstock.config.sections import Entry, Section, as_secret
 
 if TYPE_CHECKING:
-    from penstock.secret import Hidden
+    from penstock.config.secret import Hidden
 
 #: What of tomllib's words may be shown, and how it is said here.
 _WORDS: Final = (

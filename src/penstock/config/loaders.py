@@ -1,6 +1,6 @@
 """Where configuration comes from: mappings, environment variables, TOML and INI files.
 
-One job: read each of them into sections, and have `settings.py` make a PoolConfig of each. PoolConfig has
+One job: read each of them into sections, and have `config/schema.py` make a PoolConfig of each. PoolConfig has
 these ways from `Readable`; it is the class that they are called on, or `make`.
 
 It must not know: what the keys mean, pools. libpq's own sources (PG* variables, service file,
@@ -17,13 +17,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-from penstock.conninfo import KEYWORDS
+from penstock.config.conninfo import KEYWORDS
+from penstock.config.ini import Broken, read_ini
+from penstock.config.schema import (
+    ALIASES,
+    PASSWORD_FILE,
+    WHOLE,
+    pool_config,
+)
+from penstock.config.secret import Hidden
+from penstock.config.sections import Entry, Section, as_secret
+from penstock.config.toml import read_toml
 from penstock.errors import ConfigError
-from penstock.inifile import Broken, read_ini
-from penstock.secret import Hidden
-from penstock.sections import Entry, Section, as_secret
-from penstock.settings import ALIASES, PASSWORD_FILE, WHOLE, pool_config
-from penstock.tomlfile import read_toml
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -14,8 +14,8 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from penstock.secret import Hidden, Secret, is_secret
-from penstock.sections import Entry, Section
+from penstock.config.secret import Hidden, Secret, is_secret
+from penstock.config.sections import Entry, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
