@@ -28,8 +28,8 @@ from hot_path import instructions
 from report import environment, heading, options, save, table
 
 from penstock import AsyncConnectionPool, ConfigError, ConnectionPool
-from penstock._drivers.asyncpg_link import AsyncpgLink
-from penstock._drivers.psycopg3_link import PgconnLink
+from penstock._drivers.asyncpg.link import AsyncpgLink
+from penstock._drivers.psycopg3.link import PgconnLink
 from penstock._machine.machine import Machine
 from penstock.async_lease import AsyncLease
 from penstock.launcher import Server

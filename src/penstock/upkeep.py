@@ -15,7 +15,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock._drivers import green
+from penstock._drivers import gevent_waits
 from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TakeBack, TickAt
 from penstock._machine.progress import BRIEF_SECONDS, CONNECT_SECONDS
 from penstock._machine.slot import Reason, Slot, SlotRef
@@ -333,9 +333,9 @@ class Upkeep:
 def prepare_drivers() -> None:
     """Before a connection is opened: on gevent, have the drivers' libraries wait in the hub."""
     if runtime.has_green_waits():
-        green.put_right()
+        gevent_waits.put_right()
     else:
-        runtime.when_patched(green.put_right)
+        runtime.when_patched(gevent_waits.put_right)
 
 
 def _call(job: Callable[[], object]) -> None:

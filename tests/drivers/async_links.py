@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import uvloop
 
 from penstock._drivers.protocol import Recipe
-from penstock._drivers.psycopg3_async import AsyncPsycopg3Link, driver
+from penstock._drivers.psycopg3.aio_driver import AsyncPsycopg3Link, driver
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Generator

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from penstock._drivers.asyncpg import driver
+from penstock._drivers.asyncpg.driver import driver
 from penstock._drivers.protocol import Recipe
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import asyncpg
 
-    from penstock._drivers.asyncpg_link import AsyncpgLink
+    from penstock._drivers.asyncpg.link import AsyncpgLink
     from penstock._drivers.protocol import AsyncDriver
 
     conforming: AsyncDriver[asyncpg.Connection] = driver  # to the protocol, for mypy to see

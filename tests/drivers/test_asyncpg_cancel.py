@@ -20,8 +20,8 @@ from tests.drivers.async_links import (
 )
 from tests.drivers.asyncpg_links import SECONDS, comes_true, one, opened, sockets
 
-from penstock._drivers.asyncpg import driver
-from penstock._drivers.asyncpg_cancel import ask_to_cancel
+from penstock._drivers.asyncpg.cancel import ask_to_cancel
+from penstock._drivers.asyncpg.driver import driver
 from penstock._drivers.protocol import Activity, Recipe
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from tests.wire import WireProxy
 
-    from penstock._drivers.asyncpg_link import AsyncpgLink
+    from penstock._drivers.asyncpg.link import AsyncpgLink
     from penstock.launcher import Server
 
     Link = AsyncpgLink

@@ -17,8 +17,8 @@ from tests.drivers.async_links import LOOPS, run
 from tests.drivers.asyncpg_links import SECONDS, comes_true, one, opened, sockets
 from tests.forks import Child, quiet_libc_fork, until
 
-from penstock._drivers import asyncpg_link
-from penstock._drivers.asyncpg import driver
+from penstock._drivers.asyncpg import link as asyncpg_link
+from penstock._drivers.asyncpg.driver import driver
 from penstock._drivers.protocol import Activity, Recipe
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tests.wire import WireProxy
 
-    from penstock._drivers.asyncpg_link import AsyncpgLink
+    from penstock._drivers.asyncpg.link import AsyncpgLink
     from penstock.launcher import Server
 
 on_each_loop = pytest.mark.parametrize("loop", LOOPS)

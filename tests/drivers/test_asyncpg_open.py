@@ -16,8 +16,8 @@ import pytest
 from tests.drivers.async_links import LOOPS, run
 from tests.drivers.asyncpg_links import SECONDS, comes_true, one, opened, sockets
 
-from penstock._drivers import asyncpg_connect, asyncpg_passfile
-from penstock._drivers.asyncpg import driver
+from penstock._drivers.asyncpg import connect, passfile
+from penstock._drivers.asyncpg.driver import driver
 from penstock._drivers.protocol import Activity, Recipe
 from penstock.config.conninfo import parse, to_url
 
@@ -337,7 +337,7 @@ def test_the_password_file_goes_by_the_name_and_not_by_the_address(tmp_path: Pat
     )
     path.chmod(0o600)
     words = {"host": "db.example", "port": "5432", "passfile": str(path)}
-    found = asyncpg_passfile.password_for
+    found = passfile.password_for
     assert found(words, "me", "app") == "with:colon and \\"
     assert found({**words, "port": "1"}, "me", "app") is None
     assert found({**words, "host": "/run/postgresql"}, "me", "app") == "by socket"
@@ -492,9 +492,9 @@ def test_an_unknown_name_does_not_heal_but_a_silent_resolver_does() -> None:
 
 
 def test_a_wrong_host_is_not_shown_where_it_may_be_a_password() -> None:
-    assert asyncpg_connect.shown_host("db") == "'db'"
-    assert "sesame" not in asyncpg_connect.shown_host("sesame@db")
-    assert "sesame" not in asyncpg_connect.shown_host("Password=sesame")
+    assert connect.shown_host("db") == "'db'"
+    assert "sesame" not in connect.shown_host("sesame@db")
+    assert "sesame" not in connect.shown_host("Password=sesame")
 
 
 def test_a_bad_value_of_an_option_does_not_heal(server: Server) -> None:

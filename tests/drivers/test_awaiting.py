@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.drivers.async_links import LOOPS, SECONDS, async_test, registered
 
-from penstock._drivers import awaiting
-from penstock._drivers.awaiting import stop_awaiting, wait
+from penstock._drivers import loop_wait
+from penstock._drivers.loop_wait import stop_awaiting, wait
 from penstock._process.sockets import READ, WRITE
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ async def test_it_ends_at_the_deadline(
     pair: Pair, loop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fd = pair[0].fileno()
-    monkeypatch.setattr(awaiting, "BEAT", 0.06)
+    monkeypatch.setattr(loop_wait, "BEAT", 0.06)
     for seconds in (0.05, 0.1):
         started = monotonic()
         assert await wait(fd, READ, started + seconds) == 0
@@ -113,7 +113,7 @@ async def test_one_that_is_dropped_leaves_nothing_registered(pair: Pair, loop: s
 async def test_whoever_takes_our_registration_away_makes_us_late_and_no_more(
     pair: Pair, loop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(awaiting, "BEAT", 0.02)
+    monkeypatch.setattr(loop_wait, "BEAT", 0.02)
     ours, theirs = pair
     waiting = asyncio.ensure_future(wait(ours.fileno(), READ, inf))
     await asyncio.sleep(0)

@@ -18,12 +18,12 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from penstock import AsyncConnectionPool, ConnectionPool, StatementTimeout
-from penstock._drivers import psycopg3_connect
-from penstock._drivers.asyncpg import driver as asyncpg_driver
+from penstock._drivers.asyncpg.driver import driver as asyncpg_driver
 from penstock._drivers.protocol import Recipe
-from penstock._drivers.psycopg2 import driver as psycopg2_driver
-from penstock._drivers.psycopg3 import driver
-from penstock._drivers.psycopg3_async import driver as async_driver
+from penstock._drivers.psycopg2.driver import driver as psycopg2_driver
+from penstock._drivers.psycopg3 import connect as psycopg3_connect
+from penstock._drivers.psycopg3.aio_driver import driver as async_driver
+from penstock._drivers.psycopg3.driver import driver
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ from penstock import _drivers
 from penstock._drivers.protocol import Recipe
 from penstock._process import inflight
 
-wire: Any = pytest.importorskip("penstock._drivers.psycopg3_async_wire", reason="needs psycopg 3")
+wire: Any = pytest.importorskip("penstock._drivers.psycopg3.aio_exchange", reason="needs psycopg 3")
 
 
 def test_a_server_that_had_not_begun_with_a_statement_is_asked_again_to_cancel_it(monkeypatch):
@@ -57,7 +57,7 @@ def test_a_forked_child_lets_go_also_where_nobody_has_noted_the_connect(name, un
 
 
 def test_psycopg_is_made_to_wait_and_lock_as_gevent_does(monkeypatch):
-    green: Any = pytest.importorskip("penstock._drivers.psycopg3_green")
+    green: Any = pytest.importorskip("penstock._drivers.psycopg3.gevent_waits")
     monkeypatch.setattr(green._waiting, "wait_c", green._waiting.wait, raising=False)
     monkeypatch.setattr(green._waiting, "wait", green._waiting.wait)
     monkeypatch.setattr(green._connection, "Lock", object)
@@ -68,7 +68,7 @@ def test_psycopg_is_made_to_wait_and_lock_as_gevent_does(monkeypatch):
 
 
 def test_psycopg2_is_given_a_wait_callback():
-    green: Any = pytest.importorskip("penstock._drivers.psycopg2_green")
+    green: Any = pytest.importorskip("penstock._drivers.psycopg2.gevent_waits")
     before = green.extensions.get_wait_callback()
     green.extensions.set_wait_callback(None)
     try:

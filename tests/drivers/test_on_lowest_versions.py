@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.old_libraries import python_with
 
-from penstock._drivers import asyncpg_private, psycopg2_private, psycopg3_private
+from penstock._drivers.asyncpg import private as asyncpg_private
+from penstock._drivers.psycopg2 import private as psycopg2_private
+from penstock._drivers.psycopg3 import private as psycopg3_private
 
 if TYPE_CHECKING:
     from penstock.launcher import Server

@@ -96,7 +96,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             last.update(psycopg2.extensions.parse_dsn(dsn))
             init(self, dsn, *args, **options)
 
-    monkeypatch.setattr("penstock._drivers.psycopg2_connect.connection", Telling)
+    monkeypatch.setattr("penstock._drivers.psycopg2.connect.connection", Telling)
     return last
 
 

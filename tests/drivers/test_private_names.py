@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from penstock import AsyncConnectionPool, ConnectionPool, DriverNotFoundError
-from penstock._drivers import asyncpg_private, psycopg2_private, psycopg3_private
+from penstock._drivers.asyncpg import private as asyncpg_private
 from penstock._drivers.private import (
     Library,
     UnsupportedLibrary,
@@ -23,6 +23,8 @@ from penstock._drivers.private import (
     parts_of,
     refuse_unsupported,
 )
+from penstock._drivers.psycopg2 import private as psycopg2_private
+from penstock._drivers.psycopg3 import private as psycopg3_private
 
 ROOT = Path(__file__).parents[2]
 LIBRARIES: dict[str, Library] = {
@@ -171,10 +173,11 @@ def private_names_in(prefix: str) -> dict[str, str]:
     """Each name with an underscore that the files of a driver use and none of ours makes, with its file."""
     used: dict[str, str] = {}
     ours: set[str] = set()
-    for file in sorted((ROOT / "src/penstock/_drivers").glob("*.py")):
+    folders = (ROOT / "src/penstock/_drivers", ROOT / "src/penstock/_process")
+    for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
         nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
         ours.update(*map(made_by, nodes))
-        if file.name.startswith(prefix) and not file.name.endswith("_private.py"):
+        if file.parent.name == prefix and file.name != "private.py":
             used |= {name: file.name for node in nodes for name in used_by(node)}
     return {name: file for name, file in used.items() if name not in ours}
 

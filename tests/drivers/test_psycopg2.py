@@ -24,10 +24,10 @@ import pytest
 from psycopg2 import extensions
 
 from penstock import _drivers
-from penstock._drivers import psycopg2_deadline
 from penstock._drivers.adopting import NotAdopted
 from penstock._drivers.protocol import Activity, Recipe
-from penstock._drivers.psycopg2 import driver
+from penstock._drivers.psycopg2 import deadline as psycopg2_deadline
+from penstock._drivers.psycopg2.driver import driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tests.wire import WireProxy
 
     from penstock._drivers.protocol import Driver
-    from penstock._drivers.psycopg2_link import Psycopg2Link
+    from penstock._drivers.psycopg2.link import Psycopg2Link
     from penstock.launcher import Server
 
     OpenLink = Callable[..., Psycopg2Link]
@@ -300,7 +300,7 @@ def test_an_interrupt_while_setting_up_leaves_no_descriptor(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("penstock._drivers.psycopg2_link.Bound", interrupted)
+    monkeypatch.setattr("penstock._drivers.psycopg2.link.Bound", interrupted)
     before = descriptors()
     with pytest.raises(KeyboardInterrupt):
         driver.open(Recipe(conninfo=server.conninfo()), SECONDS)
@@ -343,9 +343,11 @@ def test_nothing_of_it_needs_psycopg_3(server: Server, monkeypatch: pytest.Monke
     ours = [name for name in sys.modules if name.startswith("penstock._drivers.psycopg2")]
     theirs = [name for name in sys.modules if name == "psycopg" or name.startswith("psycopg.")]
     for name in ours:
-        monkeypatch.setattr(_drivers, name.rpartition(".")[2], sys.modules[name])  # put back later
+        package, _, last = name.rpartition(".")
+        monkeypatch.setattr(sys.modules[package], last, sys.modules[name])  # put back later
+    for name in ours:
         monkeypatch.delitem(sys.modules, name)
-    for name in [*theirs, "psycopg", "penstock._drivers.psycopg3_diagnose"]:
+    for name in [*theirs, "psycopg", "penstock._drivers.psycopg3.diagnose"]:
         monkeypatch.setitem(sys.modules, name, None)
     alone = _drivers.load("psycopg2")
     assert alone is not driver
@@ -899,7 +901,7 @@ def test_a_rollback_on_a_frozen_server_ends_at_the_deadline(
 def test_a_reset_on_a_frozen_server_ends_at_its_bound(
     frozen: Psycopg2Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("penstock._drivers.psycopg2_link.RESET_SECONDS", 0.2)
+    monkeypatch.setattr("penstock._drivers.psycopg2.link.RESET_SECONDS", 0.2)
     assert took(frozen.start_reset, 0.19) is False
 
 

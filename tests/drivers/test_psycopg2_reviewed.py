@@ -6,7 +6,7 @@ import threading
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from penstock._drivers import psycopg2_deadline
+from penstock._drivers.psycopg2 import deadline
 from penstock._process import fork
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ class Noted:
         self.rang.set()
 
 
-def bound(link: Noted, seconds: float) -> psycopg2_deadline.Bound:
-    return psycopg2_deadline.Bound(link, monotonic() + seconds)
+def bound(link: Noted, seconds: float) -> deadline.Bound:
+    return deadline.Bound(link, monotonic() + seconds)
 
 
 def bell_threads() -> list[threading.Thread]:
@@ -54,7 +54,7 @@ def test_the_thread_that_keeps_deadlines_is_parked_around_a_fork_and_forgets_non
 def test_a_fork_whose_end_is_not_heard_of_stops_no_deadline_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(psycopg2_deadline, "PARKED_SECONDS", 0.0)
+    monkeypatch.setattr(deadline, "PARKED_SECONDS", 0.0)
     with bound(Noted(), 1000):
         fork._run_before()
         try:

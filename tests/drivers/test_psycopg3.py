@@ -22,7 +22,7 @@ from psycopg.types import TypeInfo
 from psycopg.types.json import set_json_loads
 
 from penstock._drivers.protocol import Activity, Recipe
-from penstock._drivers.psycopg3 import Psycopg3Link, driver
+from penstock._drivers.psycopg3.driver import Psycopg3Link, driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -245,7 +245,7 @@ def test_an_interrupt_while_connecting_leaves_no_descriptor(
     def interrupted(*_: Any) -> int:
         raise interrupt
 
-    monkeypatch.setattr("penstock._drivers.psycopg3_connect.wait", interrupted)
+    monkeypatch.setattr("penstock._drivers.psycopg3.connect.wait", interrupted)
     before = descriptors()
     with pytest.raises(interrupt):
         driver.open(Recipe(conninfo=f"host=127.0.0.1 port={deaf}"), SECONDS)
@@ -258,7 +258,7 @@ def test_an_interrupt_while_setting_up_leaves_no_descriptor(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("penstock._drivers.psycopg3.ask", interrupted)
+    monkeypatch.setattr("penstock._drivers.psycopg3.driver.ask", interrupted)
     before = descriptors()
     with pytest.raises(KeyboardInterrupt):
         driver.open(Recipe(conninfo=server.conninfo()), SECONDS)

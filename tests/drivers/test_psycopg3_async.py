@@ -38,7 +38,7 @@ from tests.drivers.async_links import (
 
 from penstock._drivers import load
 from penstock._drivers.protocol import Activity, Recipe
-from penstock._drivers.psycopg3_async import AsyncPsycopg3Link, driver
+from penstock._drivers.psycopg3.aio_driver import AsyncPsycopg3Link, driver
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -389,7 +389,7 @@ OLD_LIBPQ = """
 import asyncio, sys
 import psycopg
 from penstock._drivers.protocol import Activity, Recipe
-from penstock._drivers.psycopg3_async import driver
+from penstock._drivers.psycopg3.aio_driver import driver
 
 async def main(conninfo):
     link = await driver.open(Recipe(conninfo=conninfo, reset="session"), 20)

@@ -16,7 +16,7 @@ import pytest
 from psycopg import pq, waiting
 from tests.drivers.async_links import LOOPS, SECONDS, async_test
 
-from penstock._drivers import psycopg3_guard as guard
+from penstock._drivers.psycopg3 import guard
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator

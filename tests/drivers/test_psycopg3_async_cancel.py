@@ -17,7 +17,7 @@ from tests.drivers.async_links import (
 )
 
 from penstock._drivers.protocol import Activity
-from penstock._drivers.psycopg3_async import AsyncPsycopg3Link
+from penstock._drivers.psycopg3.aio_driver import AsyncPsycopg3Link
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -28,11 +28,11 @@ from tests.drivers.async_links import (
     until,
 )
 
-from penstock._drivers import side_threads
+from penstock._drivers import blocking_calls
 from penstock._drivers.protocol import Activity, Recipe
-from penstock._drivers.psycopg3 import driver as driver_for_threads
-from penstock._drivers.psycopg3_async import driver
-from penstock._drivers.psycopg3_link import check_interval_query
+from penstock._drivers.psycopg3.aio_driver import driver
+from penstock._drivers.psycopg3.driver import driver as driver_for_threads
+from penstock._drivers.psycopg3.link import check_interval_query
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -188,7 +188,7 @@ async def test_a_new_session_that_says_nothing_more_is_given_up(
         return check_interval_query(*args)
 
     monkeypatch.setattr(
-        "penstock._drivers.psycopg3_async.check_interval_query", frozen_from_here_on
+        "penstock._drivers.psycopg3.aio_driver.check_interval_query", frozen_from_here_on
     )
     before = descriptors()
     with pytest.raises(psycopg.errors.ConnectionTimeout):
@@ -241,7 +241,7 @@ def test_a_dead_resolver_keeps_no_loop_from_ending(resolver: Resolver) -> None:
     for loop in LOOPS:
         resolver.asked.clear()
         run(main(), loop)
-        side_threads._process._pid = 0  # as after a fork: no call of the last loop's is shared
+        blocking_calls._process._pid = 0  # as after a fork: no call of the last loop's is shared
     assert monotonic() - started < SECONDS
 
 
@@ -254,13 +254,13 @@ async def test_a_dead_resolver_holds_few_threads_and_one_per_name(resolver: Reso
     await asyncio.gather(*(attempt("same") for _ in range(20)))
     assert len(threads_aside()) == 1
     await asyncio.gather(*(attempt(f"name{number}") for number in range(20)))
-    assert len(threads_aside()) == side_threads.LIMIT
-    assert len(resolver.asked) == side_threads.LIMIT
+    assert len(threads_aside()) == blocking_calls.LIMIT
+    assert len(resolver.asked) == blocking_calls.LIMIT
     resolver.over.set()
     for thread in threads_aside():
         thread.join(SECONDS)
     # Those whose turn never came were dropped, and others are served again.
-    assert len(resolver.asked) == side_threads.LIMIT
+    assert len(resolver.asked) == blocking_calls.LIMIT
 
 
 @async_test

@@ -24,13 +24,13 @@ from tests.drivers.async_links import (
     until,
 )
 
-from penstock._drivers import psycopg3_async_wait, psycopg3_async_wire
 from penstock._drivers.protocol import Activity
+from penstock._drivers.psycopg3 import aio_cancellation, aio_exchange
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
-    from penstock._drivers.psycopg3_async import AsyncPsycopg3Link
+    from penstock._drivers.psycopg3.aio_driver import AsyncPsycopg3Link
     from penstock.launcher import Server
 
 on_both_loops = pytest.mark.parametrize("loop", LOOPS)
@@ -189,7 +189,7 @@ async def test_a_user_whose_class_waits_in_a_way_of_its_own_keeps_it(unix_dsn: s
     async with opened(unix_dsn, connection_class=Mine) as link:
         await link.conn.execute("select 1")
         assert waited
-        assert psycopg3_async_wait.HearsCancellation not in type(link.conn).__mro__
+        assert aio_cancellation.HearsCancellation not in type(link.conn).__mro__
 
 
 @on_both_loops
@@ -197,7 +197,7 @@ async def test_a_user_whose_class_waits_in_a_way_of_its_own_keeps_it(unix_dsn: s
 async def test_of_a_frozen_server_a_cancellation_is_heard_at_once_and_the_next_statement_gives_up(
     server: Server, loop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psycopg3_async_wait, "_STOP_SECONDS", 0.1)
+    monkeypatch.setattr(aio_cancellation, "_STOP_SECONDS", 0.1)
     async with opened(server.conninfo()) as link:
         pid = link.handle.backend_pid
         os.kill(pid, signal.SIGSTOP)
@@ -266,7 +266,7 @@ async def test_stopping_can_be_cut_off_as_well(unix_dsn: str) -> None:
     async with opened(unix_dsn) as link:
         await cut_off(link)
         going_on = asyncio.ensure_future(link.conn.execute("select 1"))
-        await until(lambda: psycopg3_async_wire.CUT_OFF in link.touched)
+        await until(lambda: aio_exchange.CUT_OFF in link.touched)
         going_on.cancel()
         await asyncio.wait({going_on})
         assert link.activity() is Activity.ACTIVE

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.drivers.async_links import LOOPS, SECONDS, async_test, until
 
-from penstock._drivers import side_threads
-from penstock._drivers.side_threads import SideThreads, call_aside
+from penstock._drivers import blocking_calls
+from penstock._drivers.blocking_calls import SideThreads, call_aside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -165,11 +165,11 @@ def test_a_forked_child_has_threads_of_its_own(gate: threading.Event) -> None:
     async def main() -> None:
         asyncio.ensure_future(call_aside("held", held_by(gate), inf))  # noqa: RUF006
         await asyncio.sleep(0)
-        side_threads._process._threads._lock.acquire()
+        blocking_calls._process._threads._lock.acquire()
         child = os.fork()
         if child == 0:
             await_in_the_child()
-        side_threads._process._threads._lock.release()
+        blocking_calls._process._threads._lock.release()
         _, status = os.waitpid(child, 0)  # noqa: ASYNC222
         assert os.waitstatus_to_exitcode(status) == 0
 
@@ -179,7 +179,7 @@ def test_a_forked_child_has_threads_of_its_own(gate: threading.Event) -> None:
 def await_in_the_child() -> None:
     code = 1
     try:
-        threads = side_threads._process.get()
+        threads = blocking_calls._process.get()
         loop = asyncio.SelectorEventLoop()
         asyncio._set_running_loop(None)
         answer = loop.run_until_complete(threads.call("held", lambda: 42, monotonic() + SECONDS))

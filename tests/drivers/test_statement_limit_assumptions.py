@@ -17,8 +17,8 @@ import pytest
 from psycopg import waiting
 from psycopg2 import extensions
 
-from penstock._drivers import psycopg2_limit
-from penstock._drivers.asyncpg_limit import LimitedProtocol
+from penstock._drivers.asyncpg.statement_limit import LimitedProtocol
+from penstock._drivers.psycopg2 import statement_limit
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -93,13 +93,13 @@ LOCAL = {
     extensions.lobject: set(),
 }
 BOUNDED = {
-    extensions.connection: psycopg2_limit._OF_CONNECTIONS,
+    extensions.connection: statement_limit._OF_CONNECTIONS,
     extensions.cursor: (
-        *psycopg2_limit._OF_CURSORS,
-        *psycopg2_limit._OF_NAMED,
-        *psycopg2_limit._OF_FILES,
+        *statement_limit._OF_CURSORS,
+        *statement_limit._OF_NAMED,
+        *statement_limit._OF_FILES,
     ),
-    extensions.lobject: psycopg2_limit._OF_LARGE_OBJECTS,
+    extensions.lobject: statement_limit._OF_LARGE_OBJECTS,
 }
 
 

@@ -19,7 +19,7 @@ from psycopg import pq
 from psycopg.adapt import AdaptersMap
 from psycopg.types import TypesRegistry
 
-from penstock._drivers import psycopg3_guard as guard
+from penstock._drivers.psycopg3 import guard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

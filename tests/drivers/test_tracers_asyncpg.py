@@ -13,8 +13,8 @@ import pytest
 import wrapt
 
 from penstock import AsyncConnectionPool, MisuseError, ServerUnavailable, StatementTimeout
-from penstock._drivers import asyncpg as own
-from penstock._drivers import asyncpg_guard
+from penstock._drivers.asyncpg import driver as own
+from penstock._drivers.asyncpg import guard as asyncpg_guard
 from penstock._drivers.protocol import Recipe
 from penstock.config.conninfo import parse
 from penstock.drivers import AsyncAdopts, NotAdopted

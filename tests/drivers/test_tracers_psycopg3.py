@@ -16,14 +16,15 @@ import pytest
 import wrapt
 
 from penstock import AsyncConnectionPool, ConnectionPool, MisuseError, ServerUnavailable
-from penstock._drivers import psycopg3, psycopg3_async
 from penstock._drivers.protocol import Recipe
+from penstock._drivers.psycopg3 import aio_driver
+from penstock._drivers.psycopg3 import driver as psycopg3
 from penstock.drivers import Adopts, AsyncAdopts, NotAdopted
 from penstock.launcher import HBA, Server
 
 PATIENCE = 20.0
 conforming: Adopts[psycopg.Connection[Any]] = psycopg3.driver
-conforming_async: AsyncAdopts[psycopg.AsyncConnection[Any]] = psycopg3_async.driver
+conforming_async: AsyncAdopts[psycopg.AsyncConnection[Any]] = aio_driver.driver
 KINDS = ("threads", "asyncio")
 
 seen: list[str] = []
@@ -564,7 +565,7 @@ def test_a_connection_that_another_pool_has_is_refused_and_stays_open(server, ki
 
 
 def test_what_is_original_is_asked_of_the_function_itself(monkeypatch):
-    from penstock._drivers.psycopg3_adopt import own_connect
+    from penstock._drivers.psycopg3.adopt import own_connect
 
     recipe = Recipe()
     for cls in (psycopg.Connection, psycopg.AsyncConnection):
@@ -636,4 +637,4 @@ def test_a_child_lets_go_of_an_adopted_connection(server, way):
 def test_the_errors_can_be_pickled(server):
     error = pickle.loads(pickle.dumps(NotAdopted("it is closed", "open it")))
     assert (str(error), error.next_step, error.taken) == ("it is closed", "open it", False)
-    assert psycopg3_async.driver.name == "psycopg"
+    assert aio_driver.driver.name == "psycopg"

@@ -72,21 +72,21 @@ def conninfo(*ports, **words):
 
 def psycopg(text):
     pytest.importorskip("psycopg")
-    from penstock._drivers.psycopg3 import Psycopg3Driver
+    from penstock._drivers.psycopg3.driver import Psycopg3Driver
 
     return in_a_call(Psycopg3Driver(), text)
 
 
 def psycopg_on_a_loop(text):
     pytest.importorskip("psycopg")
-    from penstock._drivers.psycopg3_async import AsyncPsycopg3Driver
+    from penstock._drivers.psycopg3.aio_driver import AsyncPsycopg3Driver
 
     return asyncio.run(on_a_loop(AsyncPsycopg3Driver(), text))
 
 
 def psycopg2(text):
     pytest.importorskip("psycopg2")
-    from penstock._drivers.psycopg2 import Psycopg2Driver
+    from penstock._drivers.psycopg2.driver import Psycopg2Driver
 
     return in_a_call(Psycopg2Driver(), text)
 
@@ -107,7 +107,7 @@ def psycopg2_deaf(text):
 
 def asyncpg(text):
     pytest.importorskip("asyncpg")
-    from penstock._drivers.asyncpg import AsyncpgDriver
+    from penstock._drivers.asyncpg.driver import AsyncpgDriver
 
     return asyncio.run(on_a_loop(AsyncpgDriver(), text))
 
@@ -235,7 +235,7 @@ def test_a_server_that_lets_the_diagnosing_attempt_in_is_no_refusal(strict, stan
     pytest.importorskip("psycopg")
     import psycopg as library
 
-    from penstock._drivers import psycopg3_diagnose
+    from penstock._drivers.psycopg3 import diagnose as psycopg3_diagnose
 
     with LoginCutter(strict.port, "nothing") as refuses_nobody:
         refuses_nobody.last = None

@@ -14,18 +14,18 @@ from penstock.errors import ConfigError, help_line
 
 #: Library -> the module here that has its versions and its private names.
 _PRIVATE: Final = {
-    "psycopg": "psycopg3_private",
-    "psycopg2": "psycopg2_private",
-    "asyncpg": "asyncpg_private",
+    "psycopg": "psycopg3.private",
+    "psycopg2": "psycopg2.private",
+    "asyncpg": "asyncpg.private",
 }
 #: Name -> (module here, what must be installed, the extra that brings it).
 _KNOWN: Final = {
-    "psycopg": ("psycopg3", "psycopg", "psycopg-binary"),
-    "psycopg2": ("psycopg2", "psycopg2", "psycopg2-binary"),
+    "psycopg": ("psycopg3.driver", "psycopg", "psycopg-binary"),
+    "psycopg2": ("psycopg2.driver", "psycopg2", "psycopg2-binary"),
 }
 _KNOWN_ASYNC: Final = {
-    "psycopg": ("psycopg3_async", "psycopg", "psycopg-binary"),
-    "asyncpg": ("asyncpg", "asyncpg", "asyncpg"),
+    "psycopg": ("psycopg3.aio_driver", "psycopg", "psycopg-binary"),
+    "asyncpg": ("asyncpg.driver", "asyncpg", "asyncpg"),
 }
 
 

@@ -146,7 +146,7 @@ class _OpenerAtStandIn(Opener):
 
     def recipe(self, progress: Progress | None = None) -> Recipe:
         """The pool's own recipe, with another address."""
-        from penstock._drivers.psycopg3_connect import driver_options  # noqa: PLC0415
+        from penstock._drivers.psycopg3.connect import driver_options  # noqa: PLC0415
 
         real = super().recipe(progress)
         return dataclasses.replace(
@@ -260,7 +260,7 @@ def _refuse_others_than_psycopg(pool: Pool) -> None:
 
 def _address(recipe: Recipe) -> frozenset[tuple[str, Any]]:
     """What makes two pools' sessions the same session."""
-    from penstock._drivers.psycopg3_connect import connection_params  # noqa: PLC0415
+    from penstock._drivers.psycopg3.connect import connection_params  # noqa: PLC0415
 
     params = connection_params(dataclasses.replace(recipe, keepalive={}))
     return frozenset(
@@ -272,7 +272,7 @@ def _connected(recipe: Recipe) -> Any:
     """A libpq handle to the real server, without encryption: its messages are read here."""
     import psycopg  # noqa: PLC0415
 
-    from penstock._drivers import psycopg3_connect as connecting  # noqa: PLC0415
+    from penstock._drivers.psycopg3 import connect as connecting  # noqa: PLC0415
     from penstock._process.sockets import deadline_in  # noqa: PLC0415
 
     params = connecting.connection_params(recipe)

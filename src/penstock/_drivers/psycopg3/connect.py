@@ -21,8 +21,8 @@ import psycopg
 from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from penstock._drivers.libpq_trace import SPOKE_TLS, spoke_tls
 from penstock._drivers.options import names_in, unknown_option
-from penstock._drivers.trace import SPOKE_TLS, spoke_tls
 from penstock._process import inflight
 from penstock._process.sockets import READ, WRITE, wait
 from penstock._process.tracebacks import without_frames
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn
 
     from penstock._drivers.protocol import Recipe, UnfitOption
-    from penstock._drivers.psycopg3_tape import Tape
+    from penstock._drivers.psycopg3.tape import Tape
 
     Resolve = Callable[[str, str], list[str]]
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final
 from weakref import ref
 
-from penstock._drivers.asyncpg_guard import DEAD, Watch, siblings
+from penstock._drivers.asyncpg.guard import DEAD, Watch, siblings
 from penstock._drivers.renewal import successor
 
 # What an object changes of its own accord when it is closed, dropped or used: not to be shared.

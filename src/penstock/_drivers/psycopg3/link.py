@@ -23,9 +23,10 @@ from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 
 from penstock._drivers.outdated import MARKS, take_from
 from penstock._drivers.protocol import Activity, Outdated
-from penstock._drivers.psycopg3_adopt import class_of, own_connect
-from penstock._drivers.psycopg3_connect import driver_options, unfit_option
-from penstock._drivers.psycopg3_guard import (
+from penstock._drivers.psycopg3.adopt import class_of, own_connect
+from penstock._drivers.psycopg3.connect import driver_options, unfit_option
+from penstock._drivers.psycopg3.exchange import all_done, send
+from penstock._drivers.psycopg3.guard import (
     DEAD,
     INHERITED,
     Settings,
@@ -33,11 +34,10 @@ from penstock._drivers.psycopg3_guard import (
     is_inside_block,
     watched,
 )
-from penstock._drivers.psycopg3_limit import LIMIT
-from penstock._drivers.psycopg3_outdated import FORGOTTEN
-from penstock._drivers.psycopg3_renewal import renewed
-from penstock._drivers.psycopg3_reset import reset_message
-from penstock._drivers.psycopg3_wire import all_done, send
+from penstock._drivers.psycopg3.outdated import FORGOTTEN
+from penstock._drivers.psycopg3.renewal import renewed
+from penstock._drivers.psycopg3.session_reset import reset_message
+from penstock._drivers.psycopg3.statement_limit import LIMIT
 from penstock._drivers.renewal import ALONE, is_held
 from penstock._process.sockets import (
     READ,

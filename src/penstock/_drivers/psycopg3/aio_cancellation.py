@@ -18,11 +18,11 @@ import psycopg
 from psycopg import waiting
 from psycopg.pq import TransactionStatus
 
-from penstock._drivers.awaiting import stop_awaiting
-from penstock._drivers.psycopg3_async_wire import CUT_OFF, stop_statement
-from penstock._drivers.psycopg3_guard import noted_of
-from penstock._drivers.psycopg3_limit import LIMIT
-from penstock._drivers.psycopg3_outdated import AsyncNotesOutdated, note
+from penstock._drivers.loop_wait import stop_awaiting
+from penstock._drivers.psycopg3.aio_exchange import CUT_OFF, stop_statement
+from penstock._drivers.psycopg3.guard import noted_of
+from penstock._drivers.psycopg3.outdated import AsyncNotesOutdated, note
+from penstock._drivers.psycopg3.statement_limit import LIMIT
 from penstock._process.sockets import deadline_in
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import psycopg
 from psycopg.pq import TransactionStatus
 
-from penstock._drivers.awaiting import stop_awaiting
+from penstock._drivers.loop_wait import stop_awaiting
 from penstock._process.sockets import shut_down
 
 if TYPE_CHECKING:

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Final
 
 import psycopg2
 
-from penstock._drivers import psycopg3_tls
+from penstock._drivers.libpq_trace import SPOKE_TLS, heard_by, spoke_tls
 from penstock._drivers.protocol import Diagnosis
-from penstock._drivers.psycopg2_adopt import params_used
-from penstock._drivers.psycopg2_connect import connection_params
-from penstock._drivers.psycopg2_tape import heard_in_attempt
-from penstock._drivers.trace import SPOKE_TLS, heard_by, spoke_tls
+from penstock._drivers.psycopg2.adopt import params_used
+from penstock._drivers.psycopg2.connect import connection_params
+from penstock._drivers.psycopg2.tape import heard_in_attempt
+from penstock._drivers.psycopg3 import tls_probe
 from penstock._process.sockets import deadline_in
 from penstock.config.conninfo import to_conninfo
 from penstock.config.secret import Secret, is_secret
 
 if TYPE_CHECKING:
     from penstock._drivers.protocol import Recipe
-    from penstock._drivers.psycopg2_connect import Params
+    from penstock._drivers.psycopg2.connect import Params
 
 # A name that does not exist. Linux tells "no such name" from "no address of this name".
 _NO_SUCH_NAME: Final = tuple(
@@ -109,9 +109,9 @@ def _is_in(text: str, least: int, most: int) -> bool:
 
 def _by_tape(error: BaseException, text: str, params: Params, deadline: float) -> Diagnosis | None:
     """What one more attempt tells, without psycopg 3; or what the first one told."""
-    wants_tls = psycopg3_tls.is_wanted(_effective(params))
+    wants_tls = tls_probe.is_wanted(_effective(params))
     if wants_tls and spoke_tls(error) is False:
-        tls = psycopg3_tls.look(_effective(params), deadline)
+        tls = tls_probe.look(_effective(params), deadline)
         if tls.next_step is not None:
             return _final(text, tls.next_step)
         if not tls.passed:
@@ -135,7 +135,7 @@ def _by_psycopg3(
     try:
         import psycopg  # noqa: PLC0415  it need not be there
 
-        from penstock._drivers import psycopg3_diagnose  # noqa: PLC0415
+        from penstock._drivers.psycopg3 import diagnose as psycopg3_diagnose  # noqa: PLC0415
     except ImportError:
         return None
     same = replace(recipe, conninfo=Secret(to_conninfo(params)), kwargs={}, connection_class=None)

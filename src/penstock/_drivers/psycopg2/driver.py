@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 import psycopg2
 
-from penstock._drivers import psycopg2_adopt as adoption
-from penstock._drivers import psycopg2_connect as connecting
 from penstock._drivers.adopting import NotAdopted, OwnConnect
-from penstock._drivers.psycopg2_diagnose import diagnose
-from penstock._drivers.psycopg2_guard import RAW, set_autocommit
-from penstock._drivers.psycopg2_link import UNKNOWN, Psycopg2Link
+from penstock._drivers.psycopg2 import adopt as adoption
+from penstock._drivers.psycopg2 import connect as connecting
+from penstock._drivers.psycopg2.diagnose import diagnose
+from penstock._drivers.psycopg2.guard import RAW, set_autocommit
+from penstock._drivers.psycopg2.link import UNKNOWN, Psycopg2Link
 from penstock._process.sockets import deadline_in, seconds_to
 
 if TYPE_CHECKING:

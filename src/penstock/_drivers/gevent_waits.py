@@ -13,11 +13,11 @@ import sys
 
 def put_right() -> None:
     """Make waits of the libraries whose drivers are in use cooperative; cheap when they are."""
-    if "penstock._drivers.psycopg3" in sys.modules:
-        from penstock._drivers import psycopg3_green  # noqa: PLC0415  imports psycopg
+    if "penstock._drivers.psycopg3.driver" in sys.modules:
+        from penstock._drivers.psycopg3 import gevent_waits as of_psycopg3  # noqa: PLC0415  imports psycopg
 
-        psycopg3_green.put_right()
-    if "penstock._drivers.psycopg2" in sys.modules:
-        from penstock._drivers import psycopg2_green  # noqa: PLC0415  imports psycopg2
+        of_psycopg3.put_right()
+    if "penstock._drivers.psycopg2.driver" in sys.modules:
+        from penstock._drivers.psycopg2 import gevent_waits as of_psycopg2  # noqa: PLC0415  imports psycopg2
 
-        psycopg2_green.put_right()
+        of_psycopg2.put_right()

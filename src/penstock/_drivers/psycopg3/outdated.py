@@ -23,7 +23,7 @@ from psycopg.adapt import Transformer
 
 from penstock._drivers.outdated import CODES, outdated_by
 from penstock._drivers.protocol import Outdated
-from penstock._drivers.psycopg3_guard import noted_of
+from penstock._drivers.psycopg3.guard import noted_of
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen

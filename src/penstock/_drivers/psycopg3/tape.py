@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from psycopg import pq
 
 from penstock._drivers import libpq_codes
-from penstock._drivers.trace import Heard, sqlstate_in, sqlstate_told
+from penstock._drivers.libpq_trace import Heard, sqlstate_in, sqlstate_told
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn

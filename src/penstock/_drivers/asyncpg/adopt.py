@@ -26,7 +26,13 @@ from penstock._drivers.adopting import (
     taken,
     unwrapped,
 )
-from penstock._drivers.asyncpg_guard import DeadProtocol, Watch, Watching, adopted, siblings
+from penstock._drivers.asyncpg.guard import (
+    DeadProtocol,
+    Watch,
+    Watching,
+    adopted,
+    siblings,
+)
 
 if TYPE_CHECKING:
     import asyncio

@@ -20,28 +20,25 @@ from typing import TYPE_CHECKING, Any, Final
 import psycopg
 from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
 
-from penstock._drivers import psycopg3_adopt as adoption
-from penstock._drivers import psycopg3_connect as connecting
 from penstock._drivers.adopting import NotAdopted, awaited
-from penstock._drivers.awaiting import stop_awaiting
+from penstock._drivers.blocking_calls import call_aside
+from penstock._drivers.loop_wait import stop_awaiting
 from penstock._drivers.protocol import Diagnosis, Recipe, Reply
-from penstock._drivers.psycopg3_async_connect import connect
-from penstock._drivers.psycopg3_async_wait import in_front_of
-from penstock._drivers.psycopg3_async_wire import (
+from penstock._drivers.psycopg3 import adopt as adoption
+from penstock._drivers.psycopg3 import connect as connecting
+from penstock._drivers.psycopg3.aio_cancellation import in_front_of
+from penstock._drivers.psycopg3.aio_connect import connect
+from penstock._drivers.psycopg3.aio_exchange import (
     ASKED_TO_CANCEL,
     CUT_OFF,
     ask_to_cancel,
     read_answers,
     stop_statement,
 )
-from penstock._drivers.psycopg3_diagnose import (
-    diagnosis_at_hand,
-    diagnosis_by_trying,
-    one_line,
-)
-from penstock._drivers.psycopg3_guard import Settings
-from penstock._drivers.psycopg3_limit import LIMIT, AsyncLimitsStatements, end_awaited
-from penstock._drivers.psycopg3_link import (
+from penstock._drivers.psycopg3.diagnose import diagnosis_at_hand, diagnosis_by_trying, one_line
+from penstock._drivers.psycopg3.exchange import all_done, send
+from penstock._drivers.psycopg3.guard import Settings
+from penstock._drivers.psycopg3.link import (
     PgconnLink,
     PsycopgDriver,
     check_interval_query,
@@ -49,10 +46,9 @@ from penstock._drivers.psycopg3_link import (
     connection_over,
     settings_statement,
 )
-from penstock._drivers.psycopg3_outdated import failed_at_bind
-from penstock._drivers.psycopg3_reset import LEARN
-from penstock._drivers.psycopg3_wire import all_done, send
-from penstock._drivers.side_threads import call_aside
+from penstock._drivers.psycopg3.outdated import failed_at_bind
+from penstock._drivers.psycopg3.session_reset import LEARN
+from penstock._drivers.psycopg3.statement_limit import LIMIT, AsyncLimitsStatements, end_awaited
 from penstock._process import inflight
 from penstock._process.sockets import deadline_in, seconds_to
 

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING
 
 import psycopg
 
-from penstock._drivers import psycopg3_connect as connecting
-from penstock._drivers.awaiting import wait
-from penstock._drivers.side_threads import call_aside
+from penstock._drivers.blocking_calls import call_aside
+from penstock._drivers.loop_wait import wait
+from penstock._drivers.psycopg3 import connect as connecting
 from penstock._process import inflight
 from penstock._process.tracebacks import without_frames
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn
 
-    from penstock._drivers.psycopg3_connect import Params
+    from penstock._drivers.psycopg3.connect import Params
 
 
 async def connect(params: Params, deadline: float) -> PGconn:

@@ -18,7 +18,6 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 
-from penstock._drivers import psycopg3_connect as connecting
 from penstock._drivers.adopting import (
     NotAdopted,
     OwnConnect,
@@ -27,9 +26,15 @@ from penstock._drivers.adopting import (
     taken,
     unwrapped,
 )
-from penstock._drivers.psycopg3_guard import DeadHandle, equip, is_noted, watched
-from penstock._drivers.psycopg3_limit import LIMIT
-from penstock._drivers.trace import SPOKE_TLS
+from penstock._drivers.libpq_trace import SPOKE_TLS
+from penstock._drivers.psycopg3 import connect as connecting
+from penstock._drivers.psycopg3.guard import (
+    DeadHandle,
+    equip,
+    is_noted,
+    watched,
+)
+from penstock._drivers.psycopg3.statement_limit import LIMIT
 from penstock._process import inflight
 from penstock._process.sockets import seconds_to
 from penstock.config.conninfo import is_url

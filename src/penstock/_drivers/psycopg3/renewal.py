@@ -15,7 +15,7 @@ from weakref import ref
 
 import psycopg
 
-from penstock._drivers.psycopg3_guard import DEAD, WatchedAdapters, forget_notes
+from penstock._drivers.psycopg3.guard import DEAD, WatchedAdapters, forget_notes
 from penstock._drivers.renewal import followed, successor
 
 if TYPE_CHECKING:

@@ -34,8 +34,8 @@ from weakref import ref
 import psycopg2
 from psycopg2.extensions import TRANSACTION_STATUS_ACTIVE, connection, cursor, lobject
 
-from penstock._drivers.psycopg2_deadline import current_bell
-from penstock._drivers.psycopg2_guard import RAW
+from penstock._drivers.psycopg2.deadline import current_bell
+from penstock._drivers.psycopg2.guard import RAW
 from penstock._process import runtime
 from penstock._process.sockets import shut_down, shut_down_without_duplicate
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from penstock._drivers.protocol import StatementLimit
-    from penstock._drivers.psycopg2_deadline import Bell
+    from penstock._drivers.psycopg2.deadline import Bell
 
 #: Where a call is under way, but nothing asked: the clock is looked at this often within the limit.
 _LOOKS: Final = 4

@@ -24,8 +24,14 @@ from penstock._drivers.adopting import (
     taken,
     unwrapped,
 )
-from penstock._drivers.psycopg2_guard import RAW, Classes, classes_for, classes_of, is_noted
-from penstock._drivers.psycopg2_limit import LIMIT, Clock, limited_connection
+from penstock._drivers.psycopg2.guard import (
+    RAW,
+    Classes,
+    classes_for,
+    classes_of,
+    is_noted,
+)
+from penstock._drivers.psycopg2.statement_limit import LIMIT, Clock, limited_connection
 from penstock.config.secret import Hidden
 
 if TYPE_CHECKING:

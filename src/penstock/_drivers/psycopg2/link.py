@@ -31,8 +31,8 @@ from psycopg2.extensions import (
 
 from penstock._drivers.outdated import outdated_by
 from penstock._drivers.protocol import Activity, Outdated, Reply
-from penstock._drivers.psycopg2_deadline import Bound
-from penstock._drivers.psycopg2_guard import (
+from penstock._drivers.psycopg2.deadline import Bound
+from penstock._drivers.psycopg2.guard import (
     BLOCK,
     CLOSE,
     RAW,
@@ -41,7 +41,7 @@ from penstock._drivers.psycopg2_guard import (
     equip,
     set_autocommit,
 )
-from penstock._drivers.psycopg2_limit import LIMIT, limited_cursor
+from penstock._drivers.psycopg2.statement_limit import LIMIT, limited_cursor
 from penstock._drivers.renewal import ALONE
 from penstock._drivers.session_reset import LEARN, reset_message
 from penstock._process.sockets import (

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 import psycopg
 from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
 
-from penstock._drivers import psycopg3_adopt as adoption
-from penstock._drivers import psycopg3_connect as connecting
 from penstock._drivers.adopting import NotAdopted, called
 from penstock._drivers.protocol import Diagnosis, Recipe, Reply
-from penstock._drivers.psycopg3_diagnose import diagnose
-from penstock._drivers.psycopg3_guard import Settings
-from penstock._drivers.psycopg3_limit import LimitsStatements
-from penstock._drivers.psycopg3_link import (
+from penstock._drivers.psycopg3 import adopt as adoption
+from penstock._drivers.psycopg3 import connect as connecting
+from penstock._drivers.psycopg3.diagnose import diagnose
+from penstock._drivers.psycopg3.exchange import all_done, answers, ask
+from penstock._drivers.psycopg3.guard import Settings
+from penstock._drivers.psycopg3.link import (
     PgconnLink,
     PsycopgDriver,
     check_interval_query,
@@ -29,9 +29,9 @@ from penstock._drivers.psycopg3_link import (
     connection_over,
     settings_statement,
 )
-from penstock._drivers.psycopg3_outdated import failed_at_bind, in_front_of
-from penstock._drivers.psycopg3_reset import LEARN
-from penstock._drivers.psycopg3_wire import all_done, answers, ask
+from penstock._drivers.psycopg3.outdated import failed_at_bind, in_front_of
+from penstock._drivers.psycopg3.session_reset import LEARN
+from penstock._drivers.psycopg3.statement_limit import LimitsStatements
 from penstock._process import inflight
 from penstock._process.sockets import deadline_in
 

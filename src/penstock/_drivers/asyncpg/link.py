@@ -23,11 +23,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 
-from penstock._drivers.asyncpg_adopt import fetched, shows_statements
-from penstock._drivers.asyncpg_end import drop, is_running, look_at
-from penstock._drivers.asyncpg_guard import COPYING, DEAD, INHERITED, Settings, outdated
-from penstock._drivers.asyncpg_limit import LimitedProtocol
-from penstock._drivers.asyncpg_renewal import renewed
+from penstock._drivers.asyncpg.adopt import fetched, shows_statements
+from penstock._drivers.asyncpg.ending import drop, is_running, look_at
+from penstock._drivers.asyncpg.guard import (
+    COPYING,
+    DEAD,
+    INHERITED,
+    Settings,
+    outdated,
+)
+from penstock._drivers.asyncpg.renewal import renewed
+from penstock._drivers.asyncpg.statement_limit import LimitedProtocol
 from penstock._drivers.outdated import MARKS, take_from
 from penstock._drivers.protocol import Activity, Outdated, Reply
 from penstock._drivers.renewal import ALONE, is_held
@@ -37,7 +43,7 @@ from penstock._process.sockets import deadline_in, point_at_null, seconds_to
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
-    from penstock._drivers.asyncpg_guard import Watch
+    from penstock._drivers.asyncpg.guard import Watch
     from penstock._drivers.protocol import StatementLimit
 
 #: What asyncpg raises of its own accord when a statement or a session fails.

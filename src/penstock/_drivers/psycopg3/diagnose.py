@@ -15,18 +15,18 @@ import psycopg
 from psycopg import pq
 from psycopg.conninfo import make_conninfo
 
-from penstock._drivers import psycopg3_tls
+from penstock._drivers.libpq_trace import heals, spoke_tls
 from penstock._drivers.protocol import Diagnosis
-from penstock._drivers.psycopg3_adopt import params_of
-from penstock._drivers.psycopg3_connect import (
+from penstock._drivers.psycopg3 import tls_probe
+from penstock._drivers.psycopg3.adopt import params_of
+from penstock._drivers.psycopg3.connect import (
     Params,
     attempts_of,
     connected,
     effective_params,
     share_of,
 )
-from penstock._drivers.psycopg3_tape import Tape
-from penstock._drivers.trace import heals, spoke_tls
+from penstock._drivers.psycopg3.tape import Tape
 from penstock._process.sockets import deadline_in
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def _findings(params: Params, deadline: float, spoke: bool | None) -> Iterator[D
 def _finding(attempt: Params, until: float, spoke: bool | None) -> Diagnosis | None:
     """What one address answers; one connect where it is known how far the attempt before came."""
     effective = effective_params(attempt)
-    if spoke is False and psycopg3_tls.is_wanted(effective):
-        tls = psycopg3_tls.look(effective, until)
+    if spoke is False and tls_probe.is_wanted(effective):
+        tls = tls_probe.look(effective, until)
         if not tls.passed:
             return _refused_by(tls)
         spoke = True
@@ -128,13 +128,13 @@ def _finding(attempt: Params, until: float, spoke: bool | None) -> Diagnosis | N
             return found if found is not None and found.heals else None
         if found is not None:
             return found
-        if not spoke and psycopg3_tls.is_wanted(effective):
-            return _refused_by(psycopg3_tls.look(effective, until))
+        if not spoke and tls_probe.is_wanted(effective):
+            return _refused_by(tls_probe.look(effective, until))
         return None
     return Diagnosis(sqlstate=None, heals=True, text="")  # now it works
 
 
-def _refused_by(tls: psycopg3_tls.Tls) -> Diagnosis | None:
+def _refused_by(tls: tls_probe.Tls) -> Diagnosis | None:
     if tls.next_step is None:
         return None
     return Diagnosis(sqlstate=None, heals=False, text="", next_step=tls.next_step)

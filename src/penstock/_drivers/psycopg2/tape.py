@@ -19,7 +19,7 @@ from psycopg2 import _psycopg
 from psycopg2.extensions import POLL_OK, POLL_READ
 
 from penstock._drivers import libpq_codes
-from penstock._drivers.trace import Heard, sqlstate_in, sqlstate_told
+from penstock._drivers.libpq_trace import Heard, sqlstate_in, sqlstate_told
 from penstock._process.sockets import READ, WRITE, wait
 
 #: PQTRACE_SUPPRESS_TIMESTAMPS (libpq 32.16, PQsetTraceFlags); libpq 14 and newer.

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 
-from penstock._drivers import asyncpg_adopt as adoption
-from penstock._drivers import asyncpg_connect as connecting
 from penstock._drivers.adopting import NotAdopted, OwnConnect
-from penstock._drivers.asyncpg_diagnose import diagnose
-from penstock._drivers.asyncpg_guard import watched
-from penstock._drivers.asyncpg_link import AsyncpgLink
+from penstock._drivers.asyncpg import adopt as adoption
+from penstock._drivers.asyncpg import connect as connecting
+from penstock._drivers.asyncpg.diagnose import diagnose
+from penstock._drivers.asyncpg.guard import watched
+from penstock._drivers.asyncpg.link import AsyncpgLink
 from penstock._process.sockets import deadline_in, seconds_to
 from penstock.errors import PenstockError
 

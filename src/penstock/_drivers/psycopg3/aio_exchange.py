@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final
 import psycopg
 from psycopg.pq import ExecStatus, PollingStatus
 
-from penstock._drivers import side_threads
-from penstock._drivers.awaiting import wait
-from penstock._drivers.psycopg3_connect import next_step
-from penstock._drivers.psycopg3_wire import COPYING
+from penstock._drivers import blocking_calls
+from penstock._drivers.loop_wait import wait
+from penstock._drivers.psycopg3.connect import next_step
+from penstock._drivers.psycopg3.exchange import COPYING
 from penstock._process.sockets import READ, WRITE
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ async def _request_cancel(handle: PGconn, deadline: float) -> bool:
     if not psycopg.capabilities.has_cancel_safe():  # libpq before 17
         request = handle.get_cancel()
         try:
-            await side_threads.call_aside(None, request.cancel, deadline)
+            await blocking_calls.call_aside(None, request.cancel, deadline)
         except (psycopg.Error, TimeoutError):
             return False
         return True

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Final
 import psycopg2
 from psycopg2.extensions import connection, libpq_version, make_dsn, parse_dsn
 
-from penstock._drivers import psycopg2_adopt as adoption
 from penstock._drivers.adopting import NotAdopted, called, unwrapped
+from penstock._drivers.libpq_trace import ASKED, LET_IN, SPOKE_TLS
 from penstock._drivers.options import names_in, unknown_option
 from penstock._drivers.protocol import UnfitOption
-from penstock._drivers.psycopg2_guard import RAW, classes_for
-from penstock._drivers.psycopg2_limit import limited_connection
-from penstock._drivers.trace import ASKED, LET_IN, SPOKE_TLS
+from penstock._drivers.psycopg2 import adopt as adoption
+from penstock._drivers.psycopg2.guard import RAW, classes_for
+from penstock._drivers.psycopg2.statement_limit import limited_connection
 from penstock._process import inflight
 from penstock._process.sockets import seconds_to
 from penstock._process.tracebacks import without_frames

@@ -1,0 +1,1 @@
+"""asyncpg. Names of its insides appear here only."""

@@ -1,0 +1,1 @@
+"""psycopg2, for threads and gevent. Names of its insides appear here only."""
