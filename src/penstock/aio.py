@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     import psycopg
     from psycopg.rows import TupleRow
 
-    from penstock._drivers.protocol import AsyncDriver
     from penstock._machine.slot import Slot
     from penstock.config.pool_config import AsyncOptions
+    from penstock.drivers import AsyncDriver
     from penstock.reports import Health
 
     Conninfo = str | Callable[[], str | Awaitable[str]]

@@ -27,7 +27,6 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from penstock._drivers.protocol import Activity, Outdated
 from penstock._machine.machine import Phase, Verdict, Waiter
 from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Reason, Slot, SlotState
@@ -49,6 +48,7 @@ from penstock.borrowing import (
     left_in,
     notice_fork,
 )
+from penstock.drivers import Activity, Outdated
 from penstock.errors import ConfigError, PenstockError
 from penstock.statement_limit import within
 from penstock.upkeep import LONGEST_SLEEP

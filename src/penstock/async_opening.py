@@ -36,8 +36,8 @@ from penstock.opening import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from penstock._drivers.protocol import Diagnosis, Recipe, StatementLimit
     from penstock.config.pool_config import PoolConfig
+    from penstock.drivers import Diagnosis, Recipe, StatementLimit
 
 
 class AsyncOpener:

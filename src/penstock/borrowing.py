@@ -22,7 +22,6 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock._drivers.protocol import Activity, Outdated
 from penstock._machine.machine import Phase, Verdict, Waiter
 from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Reason, Slot, SlotState
@@ -36,6 +35,7 @@ from penstock._process import (
 from penstock._process.clock import clock
 from penstock._process.stacks import called_at
 from penstock._process.watchdog import Alarm
+from penstock.drivers import Activity, Outdated
 from penstock.errors import ConfigError, PenstockError, PoolTimeout
 from penstock.statement_limit import within
 from penstock.upkeep import LONGEST_SLEEP, RETURN_LOCK_SECONDS, Upkeep

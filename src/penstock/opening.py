@@ -19,8 +19,7 @@ from inspect import isawaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock._drivers.adopting import ConnectRaised, NotAdopted
-from penstock._drivers.protocol import Activity, Diagnosis, Recipe
+from penstock._drivers.adopting import ConnectRaised
 from penstock._machine.progress import CONNECT_SECONDS, Progress
 from penstock._process.clock import clock
 from penstock._process.tracebacks import place_noted, without_frames
@@ -28,6 +27,7 @@ from penstock._process.watchdog import Alarm
 from penstock.config.application_name import application_name
 from penstock.config.conninfo import Wrong, read
 from penstock.config.secret import Hidden, Secret, lifted
+from penstock.drivers import Activity, Diagnosis, NotAdopted, Recipe
 from penstock.errors import ConfigError
 from penstock.errors.next_steps import STEP_HANGS
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     #: Name of the setting, path, time of the last change, size, inode.
     Files = tuple[tuple[str, str, int, int, int], ...]
 
-    from penstock._drivers.protocol import StatementLimit
     from penstock.config.pool_config import PoolConfig
+    from penstock.drivers import StatementLimit
 
 #: A silent network cut sends nothing. Each only where the user set nothing: 30 + 3 x 10 s find a
 #: dead peer of an idle connection, 60 s one that does not acknowledge what we sent. Not less: 2 s

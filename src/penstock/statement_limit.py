@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from penstock._drivers.protocol import StatementLimit
+from penstock.drivers import StatementLimit
 from penstock.errors import ConfigError, StatementTimeout, flavoured
 
 if TYPE_CHECKING:

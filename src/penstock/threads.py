@@ -62,9 +62,9 @@ if TYPE_CHECKING:
     import psycopg2.extensions
     from psycopg.rows import TupleRow
 
-    from penstock._drivers.protocol import Driver
     from penstock._machine.slot import Slot
     from penstock.config.pool_config import Options
+    from penstock.drivers import Driver
     from penstock.errors import PenstockError
 
 ConnT = TypeVar("ConnT")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 
-from penstock._drivers.protocol import Activity, Diagnosis, Reply
+from penstock.drivers import Activity, Diagnosis, Reply
 
 
 class DoubleUse(AssertionError):
@@ -61,7 +61,7 @@ class Session:
 
 
 class Link:
-    """One session; see `penstock._drivers.protocol.Link`."""
+    """One session; see `penstock.drivers.Link`."""
 
     def __init__(self, sessions, number):
         self.sessions = sessions

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock._drivers.protocol import Activity, Recipe
+from penstock.drivers import Activity, Recipe
 from penstock.testing import (
     AsyncFakeDriver,
     DoubleUse,

@@ -15,13 +15,13 @@ from penstock import (
     ServerUnavailable,
     upkeep,
 )
-from penstock._drivers.protocol import Activity
 from penstock._machine.machine import Waiter
 from penstock._machine.orders import Close
 from penstock._machine.slot import Reason, SlotState
 from penstock._process import fork, keeper, runtime, sockets
 from penstock._process.watchdog import Alarm
 from penstock.dedicated import Opening
+from penstock.drivers import Activity
 from penstock.testing import FakeDriver
 from penstock.testing.fakes import FakeLink
 from tests.forks import Child, until

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import uvloop
 
-from penstock._drivers.protocol import Recipe
 from penstock._drivers.psycopg3.aio_driver import AsyncPsycopg3Link, driver
+from penstock.drivers import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Generator

@@ -9,7 +9,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from penstock._drivers.asyncpg.driver import driver
-from penstock._drivers.protocol import Recipe
+from penstock.drivers import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import asyncpg
 
     from penstock._drivers.asyncpg.link import AsyncpgLink
-    from penstock._drivers.protocol import AsyncDriver
+    from penstock.drivers import AsyncDriver
 
     conforming: AsyncDriver[asyncpg.Connection] = driver  # to the protocol, for mypy to see
 

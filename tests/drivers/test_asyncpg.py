@@ -14,7 +14,7 @@ from tests.drivers.asyncpg_links import GIVEN_BACK, SECONDS, comes_true, one, op
 from tests.forks import until
 
 from penstock._drivers.asyncpg.driver import driver
-from penstock._drivers.protocol import Activity, Recipe
+from penstock.drivers import Activity, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -22,7 +22,7 @@ from tests.drivers.asyncpg_links import SECONDS, comes_true, one, opened, socket
 
 from penstock._drivers.asyncpg.cancel import ask_to_cancel
 from penstock._drivers.asyncpg.driver import driver
-from penstock._drivers.protocol import Activity, Recipe
+from penstock.drivers import Activity, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -19,7 +19,7 @@ from tests.forks import Child, quiet_libc_fork, until
 
 from penstock._drivers.asyncpg import link as asyncpg_link
 from penstock._drivers.asyncpg.driver import driver
-from penstock._drivers.protocol import Activity, Recipe
+from penstock.drivers import Activity, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,8 +18,8 @@ from tests.drivers.asyncpg_links import SECONDS, comes_true, one, opened, socket
 
 from penstock._drivers.asyncpg import connect, passfile
 from penstock._drivers.asyncpg.driver import driver
-from penstock._drivers.protocol import Activity, Recipe
 from penstock.config.conninfo import parse, to_url
+from penstock.drivers import Activity, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -19,11 +19,11 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from penstock import AsyncConnectionPool, ConnectionPool, StatementTimeout
 from penstock._drivers.asyncpg.driver import driver as asyncpg_driver
-from penstock._drivers.protocol import Recipe
 from penstock._drivers.psycopg2.driver import driver as psycopg2_driver
 from penstock._drivers.psycopg3 import connect as psycopg3_connect
 from penstock._drivers.psycopg3.aio_driver import driver as async_driver
 from penstock._drivers.psycopg3.driver import driver
+from penstock.drivers import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

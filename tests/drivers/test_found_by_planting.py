@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from penstock import _drivers
-from penstock._drivers.protocol import Recipe
 from penstock._process import inflight
+from penstock.drivers import Recipe
 
 wire: Any = pytest.importorskip("penstock._drivers.psycopg3.aio_exchange", reason="needs psycopg 3")
 

@@ -243,7 +243,7 @@ OWN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("driver", OWN)
 def test_no_frame_of_a_bug_in_a_connect_shows_a_secret(server: Any, driver: str) -> None:
     from penstock._drivers import load
-    from penstock._drivers.protocol import Recipe
+    from penstock.drivers import Recipe
 
     recipe = Recipe(
         conninfo=server.conninfo(over="tcp", password=S),

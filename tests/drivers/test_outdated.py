@@ -15,8 +15,8 @@ import pytest
 from penstock import AsyncConnectionPool, ConnectionPool
 from penstock._drivers.asyncpg.guard import outdated as outdated_for_asyncpg
 from penstock._drivers.outdated import outdated_by, take_from
-from penstock._drivers.protocol import Outdated
 from penstock._drivers.psycopg3 import outdated as psycopgs
+from penstock.drivers import Outdated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -24,18 +24,17 @@ import pytest
 from psycopg2 import extensions
 
 from penstock import _drivers
-from penstock._drivers.adopting import NotAdopted
-from penstock._drivers.protocol import Activity, Recipe
 from penstock._drivers.psycopg2 import deadline as psycopg2_deadline
 from penstock._drivers.psycopg2.driver import driver
+from penstock.drivers import Activity, NotAdopted, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.wire import WireProxy
 
-    from penstock._drivers.protocol import Driver
     from penstock._drivers.psycopg2.link import Psycopg2Link
+    from penstock.drivers import Driver
     from penstock.launcher import Server
 
     OpenLink = Callable[..., Psycopg2Link]

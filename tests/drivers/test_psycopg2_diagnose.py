@@ -18,9 +18,9 @@ import psycopg2
 from tests.forks import PATIENCE
 
 from penstock import ConnectionPool, ServerUnavailable
-from penstock._drivers.protocol import Recipe
 from penstock._drivers.psycopg2 import diagnose as psycopg2_diagnose
 from penstock._drivers.psycopg2.driver import Psycopg2Driver
+from penstock.drivers import Recipe
 from penstock.launcher import HBA, Server
 
 

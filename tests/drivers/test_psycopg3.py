@@ -21,15 +21,15 @@ from psycopg.rows import dict_row, tuple_row
 from psycopg.types import TypeInfo
 from psycopg.types.json import set_json_loads
 
-from penstock._drivers.protocol import Activity, Recipe
 from penstock._drivers.psycopg3.driver import Psycopg3Link, driver
+from penstock.drivers import Activity, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.wire import WireProxy
 
-    from penstock._drivers.protocol import Driver
+    from penstock.drivers import Driver
     from penstock.launcher import Server
 
     OpenLink = Callable[..., Psycopg3Link]

@@ -37,15 +37,15 @@ from tests.drivers.async_links import (
 )
 
 from penstock._drivers import load
-from penstock._drivers.protocol import Activity, Recipe
 from penstock._drivers.psycopg3.aio_driver import AsyncPsycopg3Link, driver
+from penstock.drivers import Activity, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from tests.wire import WireProxy
 
-    from penstock._drivers.protocol import AsyncDriver
+    from penstock.drivers import AsyncDriver
     from penstock.launcher import Server
 
     conforming: AsyncDriver[psycopg.AsyncConnection[Any]] = driver  # to the protocol, for mypy
@@ -388,7 +388,7 @@ async def test_where_libpq_cannot_cancel_without_blocking_a_thread_does(
 OLD_LIBPQ = """
 import asyncio, sys
 import psycopg
-from penstock._drivers.protocol import Activity, Recipe
+from penstock.drivers import Activity, Recipe
 from penstock._drivers.psycopg3.aio_driver import driver
 
 async def main(conninfo):

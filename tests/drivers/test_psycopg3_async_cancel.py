@@ -16,8 +16,8 @@ from tests.drivers.async_links import (
     was_cancelled,
 )
 
-from penstock._drivers.protocol import Activity
 from penstock._drivers.psycopg3.aio_driver import AsyncPsycopg3Link
+from penstock.drivers import Activity
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

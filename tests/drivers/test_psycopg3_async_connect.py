@@ -29,10 +29,10 @@ from tests.drivers.async_links import (
 )
 
 from penstock._drivers import blocking_calls
-from penstock._drivers.protocol import Activity, Recipe
 from penstock._drivers.psycopg3.aio_driver import driver
 from penstock._drivers.psycopg3.driver import driver as driver_for_threads
 from penstock._drivers.psycopg3.link import check_interval_query
+from penstock.drivers import Activity, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

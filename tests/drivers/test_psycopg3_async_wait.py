@@ -24,8 +24,8 @@ from tests.drivers.async_links import (
     until,
 )
 
-from penstock._drivers.protocol import Activity
 from penstock._drivers.psycopg3 import aio_cancellation, aio_exchange
+from penstock.drivers import Activity
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

@@ -82,7 +82,7 @@ async def test_a_call_that_hangs_is_joined_no_longer(gate: threading.Event) -> N
     await until(lambda: bool(threads._calls) and threads._calls["same"].began < inf)
     with pytest.raises(TimeoutError):
         await threads.call("same", lambda: "joined, never called", monotonic() + 0.02)
-    threads._calls["same"].began -= side_threads.JOINED_WITHIN
+    threads._calls["same"].began -= blocking_calls.JOINED_WITHIN
     assert await threads.call("same", lambda: "anew", monotonic() + SECONDS) == "anew"
     gate.set()
     assert await hanging == "late"

@@ -15,9 +15,8 @@ import wrapt
 from penstock import AsyncConnectionPool, MisuseError, ServerUnavailable, StatementTimeout
 from penstock._drivers.asyncpg import driver as own
 from penstock._drivers.asyncpg import guard as asyncpg_guard
-from penstock._drivers.protocol import Recipe
 from penstock.config.conninfo import parse
-from penstock.drivers import AsyncAdopts, NotAdopted
+from penstock.drivers import AsyncAdopts, NotAdopted, Recipe
 
 PATIENCE = 20.0
 conforming: AsyncAdopts[Any] = own.driver

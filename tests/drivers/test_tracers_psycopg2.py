@@ -14,9 +14,8 @@ import wrapt
 from tests.drivers.test_tracers_psycopg3 import PASSWORD, Proxy, as_clerk, server_with_passwords
 
 from penstock import ConnectionPool, MisuseError, ServerUnavailable
-from penstock._drivers.protocol import Recipe
 from penstock._drivers.psycopg2 import driver as own
-from penstock.drivers import Adopts, NotAdopted
+from penstock.drivers import Adopts, NotAdopted, Recipe
 
 __all__ = ["as_clerk", "server_with_passwords"]
 

@@ -16,10 +16,9 @@ import pytest
 import wrapt
 
 from penstock import AsyncConnectionPool, ConnectionPool, MisuseError, ServerUnavailable
-from penstock._drivers.protocol import Recipe
 from penstock._drivers.psycopg3 import aio_driver
 from penstock._drivers.psycopg3 import driver as psycopg3
-from penstock.drivers import Adopts, AsyncAdopts, NotAdopted
+from penstock.drivers import Adopts, AsyncAdopts, NotAdopted, Recipe
 from penstock.launcher import HBA, Server
 
 PATIENCE = 20.0

@@ -19,7 +19,7 @@ import pytest
 from tests.faults.logins import STEPS, LoginCutter
 from tests.faults.stage import COMBINATIONS, Stage
 
-from penstock._drivers.protocol import Diagnosis, Recipe
+from penstock.drivers import Diagnosis, Recipe
 from penstock.errors import ServerUnavailable
 from penstock.launcher import Server, TlsUnavailable
 

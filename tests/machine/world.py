@@ -13,7 +13,6 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from penstock._drivers.protocol import Recipe
 from penstock._machine.machine import (
     DONE,
     LOOK_AGAIN,
@@ -29,6 +28,7 @@ from penstock._machine.pace import AFTER, FIRST_WAVE, WAVE_EVERY
 from penstock._machine.silence import PROBES, RESERVE, patience
 from penstock._machine.slot import Reason, Slot, SlotRef, SlotState
 from penstock._machine.stats import snapshot
+from penstock.drivers import Recipe
 from penstock.testing import FakeClock, FakeDriver, FakeError, FakeLink, FakeServer, Mode
 
 if TYPE_CHECKING:

@@ -14,6 +14,8 @@ from inspect import isawaitable
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from penstock.drivers import NotAdopted
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -23,31 +25,6 @@ if TYPE_CHECKING:
 _DEEPEST: Final = 20
 
 _STEP: Final = "look at {}: it is the program's own, or a tracer has replaced it"
-
-
-class NotAdopted(Exception):  # noqa: N818  it says what happened
-    """An open connection that cannot become a link. Trying again does not help.
-
-    Attributes:
-        next_step: what to do.
-        taken: whether the connection is in somebody else's use, and must not be closed.
-    """
-
-    def __init__(self, why: str, next_step: str, taken: bool = False) -> None:
-        super().__init__(why, next_step, taken)
-        self.next_step = next_step
-        self.taken = taken
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-    def of(self, own: OwnConnect) -> NotAdopted:
-        """The same, with the name of the function that gave the connection."""
-        return NotAdopted(
-            f"{own.name} gave a connection that cannot be used: {self}",
-            self.next_step,
-            self.taken,
-        )
 
 
 class ConnectRaised(Exception):  # noqa: N818  it says what happened

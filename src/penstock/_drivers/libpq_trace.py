@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from penstock._drivers.protocol import Diagnosis
+from penstock.drivers import Diagnosis
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

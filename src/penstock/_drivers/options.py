@@ -8,14 +8,14 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Final
 
-from penstock._drivers.protocol import UnfitOption
 from penstock.config.conninfo import Wrong, read
 from penstock.config.secret import Secret
+from penstock.drivers import UnfitOption
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from penstock._drivers.protocol import Recipe
+    from penstock.drivers import Recipe
 
 #: What other libraries, and other drivers, call the same thing.
 _MEANT: Final = {

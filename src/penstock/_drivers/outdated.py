@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from penstock._drivers.protocol import Outdated
+from penstock.drivers import Outdated
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -27,7 +27,7 @@ from penstock.config.spelling import resembling
 from penstock.errors import ConfigError
 
 if TYPE_CHECKING:
-    from penstock._drivers.protocol import AsyncDriver, Driver
+    from penstock.drivers import AsyncDriver, Driver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

@@ -27,10 +27,10 @@ from contextvars import ContextVar
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock._drivers.protocol import Activity
 from penstock._machine.slot import Reason
 from penstock._process.stacks import place_of_caller
 from penstock.borrowing import GivenBack
+from penstock.drivers import Activity
 from penstock.errors import MisuseError
 from penstock.integrations.async_transactions import AsyncpgShape, PsycopgShape
 from penstock.integrations.loans import note_place

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from penstock._drivers.protocol import Activity
+from penstock.drivers import Activity
 
 
 class PsycopgShape:

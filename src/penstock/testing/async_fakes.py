@@ -23,7 +23,12 @@ import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from penstock._drivers.protocol import Activity, Diagnosis, Recipe, Reply
+from penstock.drivers import (
+    Activity,
+    Diagnosis,
+    Recipe,
+    Reply,
+)
 from penstock.testing.fakes import (
     _TOO_LATE,
     DoubleUse,
@@ -98,7 +103,7 @@ class AsyncFakeConnection:
 
 
 class AsyncFakeLink(FakeEnd):
-    """A link for asyncio; see `penstock._drivers.protocol.AsyncLink` for the methods."""
+    """A link for asyncio; see `penstock.drivers.AsyncLink` for the methods."""
 
     conn: AsyncFakeConnection
 
@@ -230,7 +235,7 @@ class AsyncFakeLink(FakeEnd):
 
 
 class AsyncFakeDriver:
-    """A driver for asyncio over a `FakeServer`; see `penstock._drivers.protocol.AsyncDriver`.
+    """A driver for asyncio over a `FakeServer`; see `penstock.drivers.AsyncDriver`.
 
     Args:
         server: what it connects to.

@@ -7,7 +7,7 @@ One job: play the outside world in a test, without a database and without sleepi
     server.mode = Mode.DOWN  # what happens when the server goes away?
 
 It must not know: pools, slots, leases. A `FakeLink` behaves as every driver's link must
-(`penstock._drivers.protocol`), and raises `DoubleUse` when it is lent twice or used by two threads
+(`penstock.drivers`), and raises `DoubleUse` when it is lent twice or used by two threads
 at once. Its `fd` is one end of a real socket pair, so that a watcher sees the server hang up. The
 same over asyncio is in `async_fakes.py`; what both have, because it never waits, is `FakeEnd`.
 
@@ -26,7 +26,12 @@ import threading
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
-from penstock._drivers.protocol import Activity, Diagnosis, Recipe, Reply
+from penstock.drivers import (
+    Activity,
+    Diagnosis,
+    Recipe,
+    Reply,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -393,7 +398,7 @@ class FakeEnd:
 
 
 class FakeLink(FakeEnd):
-    """A link for threads and gevent; see `penstock._drivers.protocol.Link` for the methods."""
+    """A link for threads and gevent; see `penstock.drivers.Link` for the methods."""
 
     def __init__(self, server: FakeServer, recipe: Recipe, seconds: float | None) -> None:
         super().__init__(server, recipe)
@@ -473,7 +478,7 @@ def _shut_down(end: int) -> None:
 
 
 class FakeDriver:
-    """A driver for penstock over a `FakeServer`; see `penstock._drivers.protocol.Driver`."""
+    """A driver for penstock over a `FakeServer`; see `penstock.drivers.Driver`."""
 
     name = "fake"
     renews = renews_in_place = True

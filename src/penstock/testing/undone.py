@@ -29,8 +29,8 @@ from penstock.threads import ConnectionPool
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
-    from penstock._drivers.protocol import Recipe
     from penstock._machine.progress import Progress
+    from penstock.drivers import Recipe
 
     Pool = ConnectionPool[Any]
 

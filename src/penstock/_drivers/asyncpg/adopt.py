@@ -19,7 +19,6 @@ import asyncpg
 import asyncpg.connection
 
 from penstock._drivers.adopting import (
-    NotAdopted,
     OwnConnect,
     is_original,
     not_at_rest,
@@ -33,6 +32,7 @@ from penstock._drivers.asyncpg.guard import (
     adopted,
     siblings,
 )
+from penstock.drivers import NotAdopted
 
 if TYPE_CHECKING:
     import asyncio

@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 
-from penstock._drivers.adopting import ConnectRaised, NotAdopted, unwrapped
+from penstock._drivers.adopting import ConnectRaised, unwrapped
 from penstock._drivers.asyncpg.adopt import is_librarys, own_connect
 from penstock._drivers.asyncpg.passfile import password_for
 from penstock._drivers.asyncpg.tls import tls_options
 from penstock._drivers.blocking_calls import call_aside
 from penstock._drivers.options import unknown_option
-from penstock._drivers.protocol import UnfitOption
 from penstock._process import inflight
 from penstock._process.tracebacks import place_noted, without_frames
 from penstock.config.conninfo import (
@@ -39,9 +38,10 @@ from penstock.config.conninfo import (
     to_url,
 )
 from penstock.config.secret import Hidden, Secret, is_secret
+from penstock.drivers import NotAdopted, UnfitOption
 
 if TYPE_CHECKING:
-    from penstock._drivers.protocol import Recipe
+    from penstock.drivers import Recipe
 
 Words = dict[str, Any]
 

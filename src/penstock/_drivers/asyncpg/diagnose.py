@@ -12,8 +12,8 @@ from typing import Final
 import asyncpg
 
 from penstock._drivers.libpq_trace import STEP_ATTRS
-from penstock._drivers.protocol import Diagnosis
 from penstock._drivers.psycopg3.tls_probe import NO_TLS, NOT_VERIFIED
+from penstock.drivers import Diagnosis
 
 # Classes of SQLSTATE at start-up that do not go away by waiting; see psycopg3_diagnose.
 _LASTING: Final = ("28", "3D", "42", "22", "0A")

@@ -20,17 +20,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import asyncpg
 
-from penstock._drivers.adopting import NotAdopted, OwnConnect
+from penstock._drivers.adopting import OwnConnect
 from penstock._drivers.asyncpg import adopt as adoption
 from penstock._drivers.asyncpg import connect as connecting
 from penstock._drivers.asyncpg.diagnose import diagnose
 from penstock._drivers.asyncpg.guard import watched
 from penstock._drivers.asyncpg.link import AsyncpgLink
 from penstock._process.sockets import deadline_in, seconds_to
+from penstock.drivers import NotAdopted
 from penstock.errors import PenstockError
 
 if TYPE_CHECKING:
-    from penstock._drivers.protocol import Diagnosis, Recipe, UnfitOption
+    from penstock.drivers import Diagnosis, Recipe, UnfitOption
 
 # 57P01 admin shutdown, 57P02 crash shutdown, 57P03 cannot connect now.
 _SERVER_GOES: Final = ("57P01", "57P02", "57P03")
@@ -79,7 +80,7 @@ class AsyncpgDriver:
         except NotAdopted as error:
             if not error.taken:
                 adoption.end(conn)
-            raise error.of(adoption.own_connect() or _ASYNCPGS) from None
+            raise error.of((adoption.own_connect() or _ASYNCPGS).name) from None
         return link
 
     async def adopt(self, conn: Any, recipe: Recipe, seconds: float | None) -> AsyncpgLink:

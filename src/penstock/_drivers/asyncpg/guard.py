@@ -28,7 +28,7 @@ import asyncpg
 from penstock._drivers.asyncpg.cancel import Target, ask_to_cancel
 from penstock._drivers.misuse import GIVEN_BACK, INHERITED_SESSION, misuse_error
 from penstock._drivers.outdated import CODES, outdated_by
-from penstock._drivers.protocol import Outdated
+from penstock.drivers import Outdated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

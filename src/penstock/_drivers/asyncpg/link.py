@@ -35,16 +35,16 @@ from penstock._drivers.asyncpg.guard import (
 from penstock._drivers.asyncpg.renewal import renewed
 from penstock._drivers.asyncpg.statement_limit import LimitedProtocol
 from penstock._drivers.outdated import MARKS, take_from
-from penstock._drivers.protocol import Activity, Outdated, Reply
 from penstock._drivers.renewal import ALONE, is_held
 from penstock._drivers.session_reset import LEARN, literal, reset_message
 from penstock._process.sockets import deadline_in, point_at_null, seconds_to
+from penstock.drivers import Activity, Outdated, Reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
     from penstock._drivers.asyncpg.guard import Watch
-    from penstock._drivers.protocol import StatementLimit
+    from penstock.drivers import StatementLimit
 
 #: What asyncpg raises of its own accord when a statement or a session fails.
 FAILURES: Final = (

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 
-    from penstock._drivers.protocol import StatementLimit
+    from penstock.drivers import StatementLimit
 
 
 class LimitedProtocol:

@@ -17,7 +17,6 @@ import psycopg2
 from psycopg2.extensions import STATUS_READY, connection, parse_dsn
 
 from penstock._drivers.adopting import (
-    NotAdopted,
     OwnConnect,
     is_original,
     not_at_rest,
@@ -33,9 +32,10 @@ from penstock._drivers.psycopg2.guard import (
 )
 from penstock._drivers.psycopg2.statement_limit import LIMIT, Clock, limited_connection
 from penstock.config.secret import Hidden
+from penstock.drivers import NotAdopted
 
 if TYPE_CHECKING:
-    from penstock._drivers.protocol import Recipe
+    from penstock.drivers import Recipe
 
 _STEP_PLAIN: Final = (
     "make it with connection_factory= a subclass of psycopg2.extensions.connection, or pass "

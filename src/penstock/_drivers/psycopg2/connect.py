@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, Final
 import psycopg2
 from psycopg2.extensions import connection, libpq_version, make_dsn, parse_dsn
 
-from penstock._drivers.adopting import NotAdopted, called, unwrapped
+from penstock._drivers.adopting import called, unwrapped
 from penstock._drivers.libpq_trace import ASKED, LET_IN, SPOKE_TLS
 from penstock._drivers.options import names_in, unknown_option
-from penstock._drivers.protocol import UnfitOption
 from penstock._drivers.psycopg2 import adopt as adoption
 from penstock._drivers.psycopg2.guard import RAW, classes_for
 from penstock._drivers.psycopg2.statement_limit import limited_connection
@@ -31,11 +30,12 @@ from penstock._process.sockets import seconds_to
 from penstock._process.tracebacks import without_frames
 from penstock.config.conninfo import KEYWORDS, to_conninfo
 from penstock.config.secret import Hidden, Secret, is_secret
+from penstock.drivers import NotAdopted, UnfitOption
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from penstock._drivers.protocol import Recipe
+    from penstock.drivers import Recipe
 
 Params = dict[str, str]
 

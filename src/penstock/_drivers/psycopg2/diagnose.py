@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Final
 import psycopg2
 
 from penstock._drivers.libpq_trace import SPOKE_TLS, heard_by, spoke_tls
-from penstock._drivers.protocol import Diagnosis
 from penstock._drivers.psycopg2.adopt import params_used
 from penstock._drivers.psycopg2.connect import connection_params
 from penstock._drivers.psycopg2.tape import heard_in_attempt
@@ -26,10 +25,11 @@ from penstock._drivers.psycopg3 import tls_probe
 from penstock._process.sockets import deadline_in
 from penstock.config.conninfo import to_conninfo
 from penstock.config.secret import Secret, is_secret
+from penstock.drivers import Diagnosis
 
 if TYPE_CHECKING:
-    from penstock._drivers.protocol import Recipe
     from penstock._drivers.psycopg2.connect import Params
+    from penstock.drivers import Recipe
 
 # A name that does not exist. Linux tells "no such name" from "no address of this name".
 _NO_SUCH_NAME: Final = tuple(

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Final
 
 import psycopg2
 
-from penstock._drivers.adopting import NotAdopted, OwnConnect
+from penstock._drivers.adopting import OwnConnect
 from penstock._drivers.psycopg2 import adopt as adoption
 from penstock._drivers.psycopg2 import connect as connecting
 from penstock._drivers.psycopg2.diagnose import diagnose
 from penstock._drivers.psycopg2.guard import RAW, set_autocommit
 from penstock._drivers.psycopg2.link import UNKNOWN, Psycopg2Link
 from penstock._process.sockets import deadline_in, seconds_to
+from penstock.drivers import NotAdopted
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection
 
-    from penstock._drivers.protocol import Diagnosis, Recipe, UnfitOption
+    from penstock.drivers import Diagnosis, Recipe, UnfitOption
 
 #: What a connect leaves for setting the session up, at least: one round trip.
 SET_UP_SECONDS: Final = 1.0
@@ -67,8 +68,8 @@ class Psycopg2Driver:
         except NotAdopted as error:
             if not error.taken:
                 adoption.end(conn)
-            name = own or OwnConnect(psycopg2.connect, "connection_factory=")
-            raise error.of(name) from None
+            called = own or OwnConnect(psycopg2.connect, "connection_factory=")
+            raise error.of(called.name) from None
         if own is None:
             set_autocommit(link.real, recipe.autocommit)
         return link

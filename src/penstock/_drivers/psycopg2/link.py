@@ -30,7 +30,6 @@ from psycopg2.extensions import (
 )
 
 from penstock._drivers.outdated import outdated_by
-from penstock._drivers.protocol import Activity, Outdated, Reply
 from penstock._drivers.psycopg2.deadline import Bound
 from penstock._drivers.psycopg2.guard import (
     BLOCK,
@@ -52,6 +51,7 @@ from penstock._process.sockets import (
     shut_down_without_duplicate,
     wait,
 )
+from penstock.drivers import Activity, Outdated, Reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -42,8 +42,8 @@ from penstock._process.sockets import shut_down, shut_down_without_duplicate
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from penstock._drivers.protocol import StatementLimit
     from penstock._drivers.psycopg2.deadline import Bell
+    from penstock.drivers import StatementLimit
 
 #: Where a call is under way, but nothing asked: the clock is looked at this often within the limit.
 _LOOKS: Final = 4

@@ -19,7 +19,6 @@ from psycopg.conninfo import make_conninfo
 from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 
 from penstock._drivers.adopting import (
-    NotAdopted,
     OwnConnect,
     is_original,
     not_at_rest,
@@ -39,13 +38,14 @@ from penstock._process import inflight
 from penstock._process.sockets import seconds_to
 from penstock.config.conninfo import is_url
 from penstock.config.secret import Hidden, Secret, is_secret
+from penstock.drivers import NotAdopted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from psycopg.pq.abc import PGconn
 
-    from penstock._drivers.protocol import Recipe
+    from penstock.drivers import Recipe
 
 _SET_UP_SECONDS: Final = 1.0
 

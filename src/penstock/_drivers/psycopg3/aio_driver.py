@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 import psycopg
 from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
 
-from penstock._drivers.adopting import NotAdopted, awaited
+from penstock._drivers.adopting import awaited
 from penstock._drivers.blocking_calls import call_aside
 from penstock._drivers.loop_wait import stop_awaiting
-from penstock._drivers.protocol import Diagnosis, Recipe, Reply
 from penstock._drivers.psycopg3 import adopt as adoption
 from penstock._drivers.psycopg3 import connect as connecting
 from penstock._drivers.psycopg3.aio_cancellation import in_front_of
@@ -51,6 +50,7 @@ from penstock._drivers.psycopg3.session_reset import LEARN
 from penstock._drivers.psycopg3.statement_limit import LIMIT, AsyncLimitsStatements, end_awaited
 from penstock._process import inflight
 from penstock._process.sockets import deadline_in, seconds_to
+from penstock.drivers import Diagnosis, NotAdopted, Recipe, Reply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn, PGresult
 
     from penstock._drivers.adopting import OwnConnect
-    from penstock._drivers.protocol import StatementLimit
+    from penstock.drivers import StatementLimit
 
 
 class AsyncPsycopg3Link(PgconnLink):
@@ -413,7 +413,7 @@ class AsyncPsycopg3Driver(PsycopgDriver):
         except NotAdopted as error:
             if not error.taken:
                 adoption.end(conn)
-            raise error.of(own) from None
+            raise error.of(own.name) from None
 
     async def adopt(
         self, conn: psycopg.AsyncConnection[Any], recipe: Recipe, seconds: float | None

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from psycopg.pq.abc import PGconn
 
-    from penstock._drivers.protocol import Recipe, UnfitOption
     from penstock._drivers.psycopg3.tape import Tape
+    from penstock.drivers import Recipe, UnfitOption
 
     Resolve = Callable[[str, str], list[str]]
 

@@ -16,7 +16,6 @@ from psycopg import pq
 from psycopg.conninfo import make_conninfo
 
 from penstock._drivers.libpq_trace import heals, spoke_tls
-from penstock._drivers.protocol import Diagnosis
 from penstock._drivers.psycopg3 import tls_probe
 from penstock._drivers.psycopg3.adopt import params_of
 from penstock._drivers.psycopg3.connect import (
@@ -28,11 +27,12 @@ from penstock._drivers.psycopg3.connect import (
 )
 from penstock._drivers.psycopg3.tape import Tape
 from penstock._process.sockets import deadline_in
+from penstock.drivers import Diagnosis
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from penstock._drivers.protocol import Recipe
+    from penstock.drivers import Recipe
 
 # A name that does not exist. Linux tells "no such name" from "no address of this name".
 _NO_SUCH_NAME: Final = tuple(

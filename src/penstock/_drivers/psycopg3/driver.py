@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import psycopg
 from psycopg.pq import ExecStatus, PipelineStatus, TransactionStatus
 
-from penstock._drivers.adopting import NotAdopted, called
-from penstock._drivers.protocol import Diagnosis, Recipe, Reply
+from penstock._drivers.adopting import called
 from penstock._drivers.psycopg3 import adopt as adoption
 from penstock._drivers.psycopg3 import connect as connecting
 from penstock._drivers.psycopg3.diagnose import diagnose
@@ -34,6 +33,7 @@ from penstock._drivers.psycopg3.session_reset import LEARN
 from penstock._drivers.psycopg3.statement_limit import LimitsStatements
 from penstock._process import inflight
 from penstock._process.sockets import deadline_in
+from penstock.drivers import Diagnosis, NotAdopted, Recipe, Reply
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -250,7 +250,7 @@ class Psycopg3Driver(PsycopgDriver):
         except NotAdopted as error:
             if not error.taken:
                 adoption.end(conn)
-            raise error.of(own) from None
+            raise error.of(own.name) from None
 
     def adopt(
         self, conn: psycopg.Connection[Any], recipe: Recipe, seconds: float | None

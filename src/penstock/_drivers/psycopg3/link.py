@@ -22,7 +22,6 @@ import psycopg
 from psycopg.pq import ConnStatus, PipelineStatus, TransactionStatus
 
 from penstock._drivers.outdated import MARKS, take_from
-from penstock._drivers.protocol import Activity, Outdated
 from penstock._drivers.psycopg3.adopt import class_of, own_connect
 from penstock._drivers.psycopg3.connect import driver_options, unfit_option
 from penstock._drivers.psycopg3.exchange import all_done, send
@@ -45,13 +44,14 @@ from penstock._process.sockets import (
     shut_down,
     wait,
 )
+from penstock.drivers import Activity, Outdated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from psycopg.pq.abc import PGconn, PGresult
 
-    from penstock._drivers.protocol import Recipe, UnfitOption
+    from penstock.drivers import Recipe, UnfitOption
 
 AnyConnection = psycopg.BaseConnection[Any]
 C = TypeVar("C", bound=AnyConnection)

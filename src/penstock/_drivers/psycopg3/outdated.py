@@ -22,8 +22,8 @@ import psycopg
 from psycopg.adapt import Transformer
 
 from penstock._drivers.outdated import CODES, outdated_by
-from penstock._drivers.protocol import Outdated
 from penstock._drivers.psycopg3.guard import noted_of
+from penstock.drivers import Outdated
 
 if TYPE_CHECKING:
     from psycopg.abc import PQGen

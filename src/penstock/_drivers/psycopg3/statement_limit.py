@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from psycopg.abc import PQGen
     from psycopg.pq.abc import PGconn
 
-    from penstock._drivers.protocol import StatementLimit
+    from penstock.drivers import StatementLimit
 
 RV = TypeVar("RV")
 
