@@ -31,9 +31,9 @@ from penstock import AsyncConnectionPool, ConfigError, ConnectionPool
 from penstock._drivers.asyncpg.link import AsyncpgLink
 from penstock._drivers.psycopg3.link import PgconnLink
 from penstock._machine.machine import Machine
-from penstock.async_lease import AsyncLease
+from penstock._pool.aio.lease import AsyncLease
+from penstock._pool.sync.lease import ClassLease, PgconnLease
 from penstock.launcher import Server
-from penstock.lease import ClassLease, PgconnLease
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

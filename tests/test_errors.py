@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from penstock._drivers import load
+from penstock._pool.reporter import holder_report
 from penstock.errors import (
     ConfigError,
     ErrorSource,
@@ -31,7 +32,6 @@ from penstock.errors.figures import (
     Holder,
     OwnHold,
 )
-from penstock.reports import holder_report
 
 FULL = Counts(in_use=10, max_size=10, waiting=4)
 REPORT = Holder(

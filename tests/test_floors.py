@@ -21,43 +21,8 @@ ROOT = Path(__file__).parent.parent / "src"
 # Every module, or the package it is in, by floor; a module imports from its own floor or below.
 FLOORS = (
     {"_machine", "_process", "errors", "drivers"},
-    {
-        "_drivers",
-        "config",
-        "events",
-        "result",
-    }
-    | {
-        "conninfo",
-        "spelling",
-        "application_name",
-        "sections",
-        "inifile",
-        "tomlfile",
-        "settings",
-    },
-    {
-        "threads",
-        "aio",
-        "lease",
-        "opening",
-        "reports",
-        "borrowing",
-        "upkeep",
-        "dedicated",
-        "two_ends",
-        "statement_limit",
-        *(
-            "async_lease",
-            "async_borrowing",
-            "async_upkeep",
-            "async_opening",
-            "loops",
-            "task_reports",
-            "async_dedicated",
-        ),
-    },
-    {"pools", "async_pools"},
+    {"_drivers", "config", "conninfo"},
+    {"_pool", "pools"},
     {"integrations", "compat", "observe"},
     {""},  # penstock/__init__.py: the public names, nothing else
     {"testing", "launcher", "_supervisor"},

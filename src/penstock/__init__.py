@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 
 from penstock._drivers import DriverNotFoundError
 from penstock._machine.stats import Stats
+from penstock._pool.reporter import Health
+from penstock._pool.result import Result
+from penstock._pool.sync.lease import Lease
+from penstock._pool.sync.pool import ConnectionPool
 from penstock.config.pool_config import PoolConfig
 from penstock.errors import (
     ConfigError,
@@ -23,16 +27,12 @@ from penstock.errors import (
     TooManyRequests,
 )
 from penstock.errors.figures import Counts, Holder, OwnHold
-from penstock.lease import Lease
 from penstock.pools import Pools
-from penstock.reports import Health
-from penstock.result import Result
-from penstock.threads import ConnectionPool
 
 if TYPE_CHECKING:
-    from penstock.aio import AsyncConnectionPool
-    from penstock.async_lease import AsyncLease
-    from penstock.async_pools import AsyncPools
+    from penstock._pool.aio.lease import AsyncLease
+    from penstock._pool.aio.pool import AsyncConnectionPool
+    from penstock._pool.aio.pools import AsyncPools
 
 __all__ = [
     "AsyncConnectionPool",
@@ -60,9 +60,9 @@ __all__ = [
 ]
 
 _ASYNC = {
-    "AsyncConnectionPool": "penstock.aio",
-    "AsyncLease": "penstock.async_lease",
-    "AsyncPools": "penstock.async_pools",
+    "AsyncConnectionPool": "penstock._pool.aio.pool",
+    "AsyncLease": "penstock._pool.aio.lease",
+    "AsyncPools": "penstock._pool.aio.pools",
 }
 
 

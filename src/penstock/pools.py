@@ -1,7 +1,7 @@
 """Pools: many named pools from one configuration.
 
 One job: make a `ConnectionPool` of each `PoolConfig`, and do to all of them what is done to one:
-open, close, report. `NamedPools` is what asyncio's (`async_pools.py`) have in common with them.
+open, close, report. `NamedPools` is what asyncio's (`_pool/aio/pools.py`) have in common with them.
 
 It must not know: how a pool works, what configuration looks like.
 
@@ -14,21 +14,21 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
+from penstock._pool.sync.pool import ConnectionPool
 from penstock._process import fork
 from penstock._process.clock import clock
 from penstock.config import loaders
 from penstock.config.pool_config import PoolConfig
 from penstock.config.secret import Hidden
 from penstock.errors import MisuseError
-from penstock.threads import ConnectionPool
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
     from penstock._machine.stats import Stats
-    from penstock.aio import AsyncConnectionPool
-    from penstock.reports import Health
+    from penstock._pool.aio.pool import AsyncConnectionPool
+    from penstock._pool.reporter import Health
 
 
 PoolT = TypeVar("PoolT", bound="ConnectionPool[Any] | AsyncConnectionPool[Any]")

@@ -27,7 +27,7 @@ def make_pool(request, fake, until, monkeypatch):
     pools = []
     driver = ShapedDriver if request.param == "PgconnLease" else FakeDriver
     if request.param == "LockedMachine":
-        monkeypatch.setattr("penstock.threads._has_global_lock", lambda: False)
+        monkeypatch.setattr("penstock._pool.sync.pool._has_global_lock", lambda: False)
 
     def make(**options):
         pool = ConnectionPool(driver=driver(fake), **{"timeout": PATIENCE, **options})

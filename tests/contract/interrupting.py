@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import penstock
-from penstock import upkeep
+from penstock._pool.sync import executor
 from penstock._process import keeper
 
 SOURCES = f"{Path(penstock.__file__).parent}/"
@@ -216,7 +216,7 @@ def _locks_held(pool):
     locks = {
         "the pool's": pool._lock,
         "the keeper's": keeper.current()._lock,
-        "the watcher's": upkeep._watcher()._changing,
+        "the watcher's": executor._watcher()._changing,
     }
     free = []
 

@@ -300,7 +300,7 @@ def test_a_timeout_in_the_middle_of_a_statement_costs_no_connection(pool, fake, 
 def test_a_server_that_never_answers_the_rollback_costs_a_connection_and_nobodys_time(
     pool, fake, run, monkeypatch
 ):
-    monkeypatch.setattr("penstock.async_borrowing.TIDY_SECONDS", 0.05)
+    monkeypatch.setattr("penstock._pool.aio.borrowing.TIDY_SECONDS", 0.05)
 
     async def use():
         await pool.open(wait=True)

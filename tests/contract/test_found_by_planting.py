@@ -9,18 +9,14 @@ from typing import Any
 
 import pytest
 
-from penstock import (
-    ConnectionPool,
-    MisuseError,
-    ServerUnavailable,
-    upkeep,
-)
+from penstock import ConnectionPool, MisuseError, ServerUnavailable
 from penstock._machine.machine import Waiter
 from penstock._machine.orders import Close
 from penstock._machine.slot import Reason, SlotState
+from penstock._pool.sync import executor
+from penstock._pool.sync.dedicated import Opening
 from penstock._process import fork, keeper, runtime, sockets
 from penstock._process.watchdog import Alarm
-from penstock.dedicated import Opening
 from penstock.drivers import Activity
 from penstock.testing import FakeDriver
 from penstock.testing.fakes import FakeLink
@@ -136,9 +132,9 @@ def test_an_alarm_that_comes_when_the_work_has_ended_harms_nobody():
 
 def test_the_end_of_another_number_condemns_nobody(pool):
     [slot] = pool._machine.slots()
-    upkeep._told_of_end(slot.ref, slot.link.fd + 1)
+    executor._told_of_end(slot.ref, slot.link.fd + 1)
     assert slot.condemned is None
-    upkeep._told_of_end(slot.ref, slot.link.fd)
+    executor._told_of_end(slot.ref, slot.link.fd)
     assert slot.condemned is not None
 
 
@@ -327,7 +323,7 @@ def test_what_nobody_gave_back_ends_without_a_farewell_and_raises_at_its_next_us
     )
     [slot] = pool._machine.slots()
     ref, slot.ref = slot.ref, None
-    upkeep._end_link(link, Close(slot, Reason.ORPHANED, discard=True))
+    executor._end_link(link, Close(slot, Reason.ORPHANED, discard=True))
     slot.ref = ref
     assert said == ["park", "discard"]
 

@@ -26,16 +26,12 @@ from typing import ClassVar
 
 import pytest
 
-from penstock import (
-    ConnectionPool,
-    PoolClosed,
-    PoolTimeout,
-    upkeep,
-)
+from penstock import ConnectionPool, PoolClosed, PoolTimeout
 from penstock._machine.slot import SlotState
+from penstock._pool.sync import executor
+from penstock._pool.sync.lease import PgconnLease
 from penstock._process import keeper
 from penstock._process.clock import clock
-from penstock.lease import PgconnLease
 from tests.contract import interrupting
 from tests.contract.interrupting import (
     NoTripwire,
@@ -603,7 +599,7 @@ class Strike:
 def release_locks(pool):
     """Release what the calling thread holds; how many locks that were."""
     held = 0
-    for lock in (pool._lock, keeper.current()._lock, upkeep._watcher()._changing):
+    for lock in (pool._lock, keeper.current()._lock, executor._watcher()._changing):
         while lock._is_owned():
             held += 1
             lock.release()

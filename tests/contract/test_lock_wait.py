@@ -12,8 +12,9 @@ import threading
 
 import pytest
 
-from penstock import ConnectionPool, PoolTimeout, upkeep
+from penstock import ConnectionPool, PoolTimeout
 from penstock._machine.locked import LockedMachine
+from penstock._pool.sync import executor
 from penstock.testing import FakeDriver
 from tests.forks import until
 
@@ -23,16 +24,16 @@ PATIENCE = 15.0
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
-    monkeypatch.setattr(upkeep, "LEAST_LOCK_SECONDS", 0.05)
-    monkeypatch.setattr("penstock.borrowing.RETURN_LOCK_SECONDS", 0.05)
-    monkeypatch.setattr(upkeep, "RETURN_LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(executor, "LEAST_LOCK_SECONDS", 0.05)
+    monkeypatch.setattr("penstock._pool.sync.borrowing.RETURN_LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(executor, "RETURN_LOCK_SECONDS", 0.05)
     monkeypatch.setattr("penstock._machine.locked.BRIEFLY", 0.05)
 
 
 @pytest.fixture(params=["global lock", "none"])
 def pool(fake, request, monkeypatch):
     if request.param == "none":
-        monkeypatch.setattr("penstock.threads._has_global_lock", lambda: False)
+        monkeypatch.setattr("penstock._pool.sync.pool._has_global_lock", lambda: False)
     with ConnectionPool(driver=FakeDriver(fake), max_size=1, name="shop", timeout=0.2) as made:
         made.execute("select 1")
         assert isinstance(made._machine, LockedMachine) == (request.param == "none")

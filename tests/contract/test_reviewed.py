@@ -19,16 +19,11 @@ from typing import Any
 
 import pytest
 
-from penstock import (
-    ConnectionPool,
-    PenstockError,
-    ServerUnavailable,
-    borrowing,
-    upkeep,
-)
+from penstock import ConnectionPool, PenstockError, ServerUnavailable
 from penstock._machine.machine import Machine, Verdict, Waiter
 from penstock._machine.orders import Open
 from penstock._machine.policy import Limits
+from penstock._pool.sync import borrowing, executor
 from penstock._process import keeper, watch
 from penstock._process.clock import clock
 from penstock.testing import FakeDriver, FakeLink, FakeServer, Mode
@@ -264,7 +259,7 @@ def hang_up(pool, fake, conn):
     link = conn._link
     fake.hang_up(link.number)
     [slot] = [each for each in pool._machine.slots() if each.link is link]
-    upkeep._told_of_end(slot.ref, link.fd)
+    executor._told_of_end(slot.ref, link.fd)
 
 
 def drain(pool, fake, conn):

@@ -237,7 +237,7 @@ def play(combination, scenario, conninfo, seed):
     runtime = combination.runtime()
     world = World(runtime, db, seed)
     if combination.locked:
-        world.patch.setattr("penstock.threads._has_global_lock", lambda: False)
+        world.patch.setattr("penstock._pool.sync.pool._has_global_lock", lambda: False)
     try:
         runtime.run(world.play(scenario))
     finally:

@@ -254,7 +254,7 @@ def test_a_restart_while_all_are_idle_costs_nobody_an_error(pool_of, fresh_serve
 def test_a_frozen_server_costs_a_borrower_no_more_than_his_timeout(
     pool_of, fresh_server, option, monkeypatch
 ):
-    monkeypatch.setattr("penstock.borrowing.TIDY_SECONDS", 1.0)
+    monkeypatch.setattr("penstock._pool.sync.borrowing.TIDY_SECONDS", 1.0)
 
     def select(conn):
         rows(conn, "select 1")

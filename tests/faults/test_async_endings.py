@@ -23,11 +23,11 @@ DEADLINE = 60.0  # seconds for everything in one process; a failure's price
 
 PROGRAM = """
 import asyncio, gc, socket, sys, threading
-import penstock.async_dedicated, penstock.async_upkeep
+import penstock._pool.aio.dedicated, penstock._pool.aio.executor
 from penstock import AsyncConnectionPool
 
 driver, loop, conninfo = sys.argv[1:]
-for module in (penstock.async_dedicated, penstock.async_upkeep):
+for module in (penstock._pool.aio.dedicated, penstock._pool.aio.executor):
     module.CONNECT_SECONDS = 300.0
 if loop == "uvloop":
     import uvloop

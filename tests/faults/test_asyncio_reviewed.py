@@ -25,9 +25,8 @@ from penstock import (
     MisuseError,
     PenstockError,
     ServerUnavailable,
-    async_opening,
-    async_upkeep,
 )
+from penstock._pool.aio import executor, opener
 
 PATIENCE = 30.0  # seconds; a failure's price
 
@@ -225,9 +224,9 @@ def test_a_token_service_that_does_not_answer_keeps_no_connection_opening_for_ev
     unix_dsn, driver, monkeypatch, option
 ):
     """No time limit held for it: when max_size connects hung like this the pool was dead."""
-    monkeypatch.setattr(async_upkeep, "CONNECT_SECONDS", 0.05)
-    monkeypatch.setattr("penstock.async_dedicated.CONNECT_SECONDS", 0.05)
-    monkeypatch.setattr(async_opening, "DIAGNOSE_SECONDS", 0.05)
+    monkeypatch.setattr(executor, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr("penstock._pool.aio.dedicated.CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(opener, "DIAGNOSE_SECONDS", 0.05)
     is_hanging = [True]
 
     async def token():

@@ -48,8 +48,8 @@ def test_what_runs_at_a_borrow_ends_with_the_borrowers_timeout(fresh_server, opt
 
 
 def test_a_configure_that_gets_no_answer_is_a_failed_connect(fresh_server, monkeypatch):
-    monkeypatch.setattr("penstock.upkeep.CONNECT_SECONDS", 1.0)
-    monkeypatch.setattr("penstock.opening.DIAGNOSE_SECONDS", 0.5)
+    monkeypatch.setattr("penstock._pool.sync.executor.CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr("penstock._pool.opener.DIAGNOSE_SECONDS", 0.5)
     frozen: list[bool] = []
 
     def configure(conn):
@@ -73,7 +73,7 @@ def test_a_configure_that_gets_no_answer_is_a_failed_connect(fresh_server, monke
 
 
 def test_a_reset_that_gets_no_answer_costs_the_connection(fresh_server, monkeypatch):
-    monkeypatch.setattr("penstock.borrowing.TIDY_SECONDS", 0.5)
+    monkeypatch.setattr("penstock._pool.sync.borrowing.TIDY_SECONDS", 0.5)
     pool = ConnectionPool(fresh_server.conninfo(), max_size=2, reset=ask, name="frozen")
     try:
         with pool.connection():

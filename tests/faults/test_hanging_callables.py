@@ -17,10 +17,10 @@ PATIENCE = 30.0  # seconds; a failure's price
 @pytest.fixture
 def in_a_hurry(monkeypatch):
     """What takes 10 s for users takes a moment here."""
-    for name in ("_machine.machine", "async_upkeep"):
+    for name in ("_machine.machine", "_pool.aio.executor"):
         for constant in ("CONNECT_SECONDS", "BRIEF_SECONDS"):
             monkeypatch.setattr(f"penstock.{name}.{constant}", 0.1)
-    monkeypatch.setattr("penstock.async_opening.DIAGNOSE_SECONDS", 0.1)
+    monkeypatch.setattr("penstock._pool.aio.opener.DIAGNOSE_SECONDS", 0.1)
     monkeypatch.setattr("penstock._machine.progress.GRACE", 0.05)
     monkeypatch.setattr("penstock._machine.hanging.EVERY", 0.01)
 

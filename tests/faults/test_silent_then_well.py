@@ -13,7 +13,7 @@ import pytest
 from tests.faults.proxy import FaultProxy
 
 from penstock import ConnectionPool
-from penstock.aio import AsyncConnectionPool
+from penstock._pool.aio.pool import AsyncConnectionPool
 
 BORROWERS, SIZE = 8, 10
 #: The first wave before anything was heard, of a pool of this size.

@@ -20,8 +20,8 @@ from gunicorn.util import get_arity, load_class
 from tests.forks import Child, until
 
 from penstock import ConnectionPool, pools
+from penstock._pool.aio.pool import AsyncConnectionPool
 from penstock._process import runtime
-from penstock.aio import AsyncConnectionPool
 from penstock.integrations import gunicorn as hooks
 from penstock.integrations import gunicorn_limits, gunicorn_traps
 from penstock.integrations.gunicorn_limits import Allowed

@@ -11,24 +11,24 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
-from penstock import lease as lease_module
-from penstock import two_ends
 from penstock._machine import machine as machine_module
 from penstock._machine import slot as slot_module
 from penstock._machine.machine import LOOK_AGAIN, SLOWLY, Machine, Refusal, Verdict, Waiter
 from penstock._machine.orders import Close, Open, Order
 from penstock._machine.policy import Limits
 from penstock._machine.slot import Reason, Slot, SlotRef, SlotState
+from penstock._pool import two_ends
+from penstock._pool.sync import lease as lease_module
+from penstock._pool.sync.lease import LeaseInTurns
+from penstock._pool.two_ends import Entering
 from penstock._process.clock import clock
 from penstock.errors import MisuseError
-from penstock.lease import LeaseInTurns
-from penstock.two_ends import Entering
 from tests.machine.interleaver import Interleaver, SimGate, SimLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from penstock.lease import Lease
+    from penstock._pool.sync.lease import Lease
 
 WATCHED = (machine_module.__file__, slot_module.__file__, lease_module.__file__, two_ends.__file__)
 

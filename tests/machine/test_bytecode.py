@@ -11,23 +11,13 @@ import penstock
 from tests.machine.guarded_loops import in_bytecode, in_source
 
 HOUSE = Path(penstock.__file__).parent
-# Not asyncio's: they hold no lock, what they guard is dropped and comes home (async_upkeep.py), and
+# Not asyncio's: they hold no lock, what they guard is dropped and comes home (_pool/aio/executor.py), and
 # an `await` is itself compiled to a jump back.
-NAMES = [
-    "threads",
-    "lease",
-    "keeper",
-    "watch",
-    "fork",
-    "opening",
-    "borrowing",
-    "upkeep",
-    "alarm",
-    "dedicated",
-]
 FILES = [
     *sorted(HOUSE.glob("_machine/*.py")),
-    *(path for name in NAMES if (path := HOUSE / f"{name}.py").exists()),
+    *sorted(HOUSE.glob("_pool/sync/*.py")),
+    HOUSE / "_pool/opener.py",
+    *(HOUSE / f"_process/{name}.py" for name in ("fork", "keeper", "watch", "watchdog")),
 ]
 
 LOOP_IN_LOCK = """

@@ -6,7 +6,7 @@ import pytest
 
 from penstock._machine.machine import DONE, LOOK_AGAIN, SLOWLY, Machine
 from penstock._machine.slot import Slot, SlotState
-from penstock.lease import Lease, PgconnLease
+from penstock._pool.sync.lease import Lease, PgconnLease
 from tests.machine.pond import WATCHED, run_schedule
 
 

@@ -11,12 +11,12 @@ import inspect
 
 import pytest
 
-from penstock import borrowing, threads, upkeep
 from penstock._machine.locked import LockedMachine
 from penstock._machine.machine import SLOWLY, Machine
 from penstock._machine.orders import Open
 from penstock._machine.policy import Limits
 from penstock._machine.slot import SlotState
+from penstock._pool.sync import borrowing, executor, pool
 
 # What runs without the lock, by design: the hot moves, a note of who asks, what only reads, and the child's side of a fork,
 # where no other thread is.
@@ -65,7 +65,7 @@ def is_self(node, name):
     return ast.unparse(node) == f"self.{name}"
 
 
-@pytest.mark.parametrize("module", [borrowing, threads, upkeep])
+@pytest.mark.parametrize("module", [borrowing, pool, executor])
 def test_every_slow_move_is_made_under_the_pools_lock(module):
     found = called(ast.parse(inspect.getsource(module)))
     assert found, "the check looks for nothing"
@@ -74,13 +74,13 @@ def test_every_slow_move_is_made_under_the_pools_lock(module):
 
 
 def test_what_takes_a_move_takes_the_lock_for_it():
-    source = ast.unparse(ast.parse(inspect.getsource(upkeep)))
+    source = ast.unparse(ast.parse(inspect.getsource(executor)))
     assert (
         "            try:\n                orders = decide(clock())\n            finally:" in source
     )
 
 
-@pytest.mark.parametrize("module", [borrowing, threads, upkeep])
+@pytest.mark.parametrize("module", [borrowing, pool, executor])
 def test_nothing_stands_between_the_taking_of_a_lock_and_the_try_that_releases_it(module):
     """What strikes there would leave it held."""
     taken = 0
@@ -91,7 +91,7 @@ def test_nothing_stands_between_the_taking_of_a_lock_and_the_try_that_releases_i
                 following = body[at + 1] if at + 1 < len(body) else None
                 assert ast.unparse(node.targets[0]) == "lock"
                 assert following is None or is_released(following), ast.unparse(node)
-    assert taken or module is threads
+    assert taken or module is pool
 
 
 def bodies(tree):

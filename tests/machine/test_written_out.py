@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 import penstock._machine.machine
-import penstock.lease
+import penstock._pool.sync.lease
 
-SRC = Path(penstock.lease.__file__).parent
-LEASE = ast.parse((SRC / "lease.py").read_text())
+SRC = Path(penstock.__file__).parent
+LEASE = ast.parse((SRC / "_pool/sync/lease.py").read_text())
 MACHINE = ast.parse((SRC / "_machine" / "machine.py").read_text())
-DRIVER = ast.parse((SRC / "_drivers" / "psycopg3_link.py").read_text())
-PSYCOPG2 = ast.parse((SRC / "_drivers" / "psycopg2_link.py").read_text())
+DRIVER = ast.parse((SRC / "_drivers/psycopg3/link.py").read_text())
+PSYCOPG2 = ast.parse((SRC / "_drivers/psycopg2/link.py").read_text())
 
 each_lease = pytest.mark.parametrize("written", ["PgconnLease", "ClassLease"])
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flask import g, has_request_context, request
 
+from penstock._pool.reporter import holder_report
 from penstock.cli.bank_pools import flask_app
 from penstock.cli.worker_report import Held
 from penstock.errors.figures import Hold
-from penstock.reports import holder_report
 
 if TYPE_CHECKING:
     from penstock.cli.bank_pools import Figures, Source

@@ -40,10 +40,10 @@ from penstock.integrations.asgi_requests import UNAVAILABLE, Exchange, Manner, O
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from penstock.aio import AsyncConnectionPool
+    from penstock._pool.aio.pool import AsyncConnectionPool
+    from penstock._pool.reporter import Health
     from penstock.integrations.asgi_requests import App, Receive, Scope, Send
     from penstock.integrations.async_loans import AsyncLoan
-    from penstock.reports import Health
 
 ConnT = TypeVar("ConnT")
 HookT = TypeVar("HookT", bound="Callable[[Any], object]")

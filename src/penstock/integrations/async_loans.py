@@ -28,8 +28,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock._machine.slot import Reason
+from penstock._pool.sync.borrowing import GivenBack
 from penstock._process.stacks import place_of_caller
-from penstock.borrowing import GivenBack
 from penstock.drivers import Activity
 from penstock.errors import MisuseError
 from penstock.integrations.async_transactions import AsyncpgShape, PsycopgShape

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar
 import bottle
 from bottle import HTTPError, HTTPResponse, request, response
 
+from penstock._pool.sync.pool import ConnectionPool
 from penstock.errors import MisuseError, PoolTimeout, ServerUnavailable, TooManyRequests
 from penstock.integrations.loans import Loans
-from penstock.threads import ConnectionPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     import psycopg
     from psycopg.rows import TupleRow
 
-    from penstock.reports import Health
-    from penstock.threads import ConnectionPool
+    from penstock._pool.reporter import Health
+    from penstock._pool.sync.pool import ConnectionPool
 
 ConnT = TypeVar("ConnT")
 HookT = TypeVar("HookT", bound="Callable[[Any], object]")

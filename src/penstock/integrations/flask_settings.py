@@ -16,12 +16,12 @@ from difflib import get_close_matches
 from typing import Any, Final
 
 from penstock import _drivers
+from penstock._pool.sync.pool import ConnectionPool
 from penstock.config.pool_config import PoolConfig
 from penstock.config.schema import keys_of, options_of, pool_config
 from penstock.config.secret import Hidden
 from penstock.config.sections import Entry, Section, as_secret
 from penstock.errors import ConfigError
-from penstock.threads import ConnectionPool
 
 PREFIX: Final = "PENSTOCK_"
 URI: Final = "PENSTOCK_DATABASE_URI"

@@ -14,7 +14,7 @@ import logging
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from penstock.aio import AsyncConnectionPool
+from penstock._pool.aio.pool import AsyncConnectionPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,9 +13,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from penstock._pool.aio.pool import AsyncConnectionPool
+from penstock._pool.sync.pool import ConnectionPool
 from penstock._process import runtime
-from penstock.aio import AsyncConnectionPool
-from penstock.threads import ConnectionPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

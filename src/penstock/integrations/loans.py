@@ -25,16 +25,16 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet, WeakValueDictionary
 
 from penstock._machine.slot import Reason
+from penstock._pool.sync.borrowing import GivenBack
 from penstock._process import runtime
 from penstock._process.lock import Lock
 from penstock._process.stacks import place_of_caller
-from penstock.borrowing import GivenBack
 from penstock.errors import MisuseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from penstock.threads import ConnectionPool
+    from penstock._pool.sync.pool import ConnectionPool
 
     Hooks = Sequence[Callable[[Any], object]]
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from penstock._pool.sync.pool import ConnectionPool
 from penstock.testing.undone import Undone, undone
-from penstock.threads import ConnectionPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

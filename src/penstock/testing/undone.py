@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from penstock._machine.progress import CONNECT_SECONDS
 from penstock._machine.slot import Slot, SlotState
+from penstock._pool.opener import Opener
+from penstock._pool.sync.pool import ConnectionPool
 from penstock._process.clock import clock
-from penstock.opening import Opener
 from penstock.testing.stand_in import NUMBER, StandIn
-from penstock.threads import ConnectionPool
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator

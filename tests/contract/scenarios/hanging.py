@@ -15,12 +15,12 @@ OPTIONS = ("conninfo", "kwargs", "configure")
 
 def in_a_hurry(w, seconds=0.1):
     """Every time that an opening has is short: what takes 10 s for users takes a moment here."""
-    for name in ("_machine.machine", "upkeep", "async_upkeep"):
+    for name in ("_machine.machine", "_pool.sync.executor", "_pool.aio.executor"):
         for constant in ("CONNECT_SECONDS", "BRIEF_SECONDS"):
             w.patch.setattr(f"penstock.{name}.{constant}", seconds)
-    for name in ("async_dedicated", "dedicated"):
+    for name in ("_pool.aio.dedicated", "_pool.sync.dedicated"):
         w.patch.setattr(f"penstock.{name}.CONNECT_SECONDS", seconds)
-    for name in ("opening", "async_opening"):
+    for name in ("_pool.opener", "_pool.aio.opener"):
         w.patch.setattr(f"penstock.{name}.DIAGNOSE_SECONDS", seconds)
     w.patch.setattr("penstock._machine.progress.GRACE", 0.05)
     w.patch.setattr("penstock._machine.hanging.EVERY", 0.01)
@@ -166,9 +166,9 @@ async def what_comes_after_its_right_was_taken_back_is_closed_and_never_lent(w):
         return link
 
     w.patch.setattr(driver, "open", w.callable(opens_late))
-    w.patch.setattr("penstock.opening.DRIVER_GRACE", 0.0)
-    w.patch.setattr("penstock.upkeep.DRIVER_GRACE", 0.0)
-    w.patch.setattr("penstock.async_opening.DRIVER_GRACE", 0.0)
+    w.patch.setattr("penstock._pool.opener.DRIVER_GRACE", 0.0)
+    w.patch.setattr("penstock._pool.sync.executor.DRIVER_GRACE", 0.0)
+    w.patch.setattr("penstock._pool.aio.opener.DRIVER_GRACE", 0.0)
     with pytest.raises(ServerUnavailable):
         await pool.getconn(timeout=1.0)
     await w.until(lambda: pool._machine.outage is not None)

@@ -245,9 +245,9 @@ async def a_check_that_outlasts_the_timeout_does_not_let_its_connection_be_lent(
 
 @fake_scenario
 async def a_reset_that_outlasts_its_time_does_not_let_its_connection_be_lent_again(w):
-    w.patch.setattr("penstock.borrowing.TIDY_SECONDS", 0.05)
+    w.patch.setattr("penstock._pool.sync.borrowing.TIDY_SECONDS", 0.05)
     if w.runtime.asynchronous:
-        w.patch.setattr("penstock.async_borrowing.TIDY_SECONDS", 0.05)
+        w.patch.setattr("penstock._pool.aio.borrowing.TIDY_SECONDS", 0.05)
     slow: list[object] = []
 
     async def reset(conn):
@@ -278,9 +278,9 @@ async def a_check_that_gets_no_answer_ends_at_the_borrowers_timeout(w):
 
 @fake_scenario
 async def a_reset_that_gets_no_answer_costs_the_connection_and_not_the_borrower(w):
-    w.patch.setattr("penstock.borrowing.TIDY_SECONDS", 0.2)
+    w.patch.setattr("penstock._pool.sync.borrowing.TIDY_SECONDS", 0.2)
     if w.runtime.asynchronous:
-        w.patch.setattr("penstock.async_borrowing.TIDY_SECONDS", 0.2)
+        w.patch.setattr("penstock._pool.aio.borrowing.TIDY_SECONDS", 0.2)
 
     async def reset(conn):
         w.server.mode = Mode.HANGING

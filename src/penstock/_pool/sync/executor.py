@@ -19,10 +19,7 @@ from penstock._drivers import gevent_waits
 from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TakeBack, TickAt
 from penstock._machine.progress import BRIEF_SECONDS, CONNECT_SECONDS
 from penstock._machine.slot import Reason, Slot, SlotRef
-from penstock._process import keeper, runtime, watch
-from penstock._process.clock import clock
-from penstock.errors import PenstockError, PoolTimeout
-from penstock.opening import (
+from penstock._pool.opener import (
     DIAGNOSE_SECONDS,
     DRIVER_GRACE,
     Failure,
@@ -31,15 +28,18 @@ from penstock.opening import (
     explain_hanging,
     go_on,
 )
+from penstock._process import keeper, runtime, watch
+from penstock._process.clock import clock
+from penstock.errors import PenstockError, PoolTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from penstock._machine.machine import Machine
+    from penstock._pool.opener import Opener
+    from penstock._pool.reporter import Reporter
     from penstock._process.lock import Lock
     from penstock.config.pool_config import PoolConfig
-    from penstock.opening import Opener
-    from penstock.reports import Reporter
 
 #: The longest that anybody sleeps at a time, in seconds: longer times overflow a lock's.
 LONGEST_SLEEP: Final = 1e6

@@ -4,7 +4,7 @@ One job: have a worker connect while the caller waits, and close what comes too 
 block's end, and close the session whatever ends the block.
 
 It must not know: slots, the machine. `Opening._lock` guards who is late: the worker that brings the
-connection, or the caller who has gone. `Dedicated` takes none (see two_ends.py).
+connection, or the caller who has gone. `Dedicated` takes none (see _pool/two_ends.py).
 """
 
 from __future__ import annotations
@@ -14,19 +14,24 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from penstock._machine.machine import Phase
 from penstock._machine.progress import CONNECT_SECONDS, Progress
+from penstock._pool.opener import Failure, explain_hanging
+from penstock._pool.sync.borrowing import notice_fork
+from penstock._pool.sync.executor import prepare_drivers
+from penstock._pool.two_ends import (
+    InTurns,
+    entered_twice,
+    leave_behind,
+    refuse_to_leave,
+)
 from penstock._process import keeper, runtime
 from penstock._process.clock import clock
-from penstock.borrowing import notice_fork
-from penstock.opening import Failure, explain_hanging
-from penstock.two_ends import InTurns, entered_twice, leave_behind, refuse_to_leave
-from penstock.upkeep import prepare_drivers
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from penstock.borrowing import Borrowing
-    from penstock.opening import Opener
-    from penstock.reports import Reporter
+    from penstock._pool.opener import Opener
+    from penstock._pool.reporter import Reporter
+    from penstock._pool.sync.borrowing import Borrowing
 
 ConnT = TypeVar("ConnT")
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
+from penstock._pool.aio.pool import AsyncConnectionPool
 from penstock._process.clock import clock
-from penstock.aio import AsyncConnectionPool
 from penstock.pools import NamedPools
 
 if TYPE_CHECKING:

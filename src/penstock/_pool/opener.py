@@ -160,7 +160,7 @@ class Opener:
     def without_limit(self) -> Opener:
         """One for connections of which no statement is given up (`dedicated()`)."""
         found = copy(self)  # of its own class, too
-        found._limit = None  # noqa: SLF001  its own
+        found._limit = None
         return found
 
     def open(

@@ -1,4 +1,4 @@
-"""Opening connections for an asyncio pool: `opening.py`'s sister, with awaits.
+"""Opening connections for an asyncio pool: `_pool/opener.py`'s sister, with awaits.
 
 One job: make a `Recipe` (calling the user's callables, which may be coroutine functions), have the
 driver open it, run `configure`, and find out why it failed if it did.
@@ -15,9 +15,7 @@ from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 from penstock._machine.progress import CONNECT_SECONDS, Progress
-from penstock._process.clock import clock
-from penstock.config.secret import Hidden
-from penstock.opening import (
+from penstock._pool.opener import (
     DIAGNOSE_SECONDS,
     DRIVER_GRACE,
     Failure,
@@ -32,6 +30,8 @@ from penstock.opening import (
     refuse_unfinished,
     undiagnosed,
 )
+from penstock._process.clock import clock
+from penstock.config.secret import Hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,9 +1,9 @@
 """The slow half of a borrow on asyncio: waiting for a slot, making sure of it, giving it back unclean.
 
-One job: everything between a borrower and the machine that is not the hot path (`async_lease.py`).
-`borrowing.py`'s sister, with awaits.
+One job: everything between a borrower and the machine that is not the hot path (`_pool/aio/lease.py`).
+`_pool/sync/borrowing.py`'s sister, with awaits.
 
-It must not know: how connections are opened and closed (`async_upkeep.py`), when to grow and whom to
+It must not know: how connections are opened and closed (`_pool/aio/executor.py`), when to grow and whom to
 serve (the machine).
 
 No lock: state moves are plain calls. A cancellation arrives at an await, and only there:
@@ -30,12 +30,10 @@ from typing import TYPE_CHECKING, Any
 from penstock._machine.machine import Phase, Verdict, Waiter
 from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Reason, Slot, SlotState
-from penstock._process import fork, watch
-from penstock._process.clock import clock
-from penstock._process.stacks import called_at
-from penstock.async_opening import called
-from penstock.async_upkeep import AsyncUpkeep
-from penstock.borrowing import (
+from penstock._pool.aio.executor import AsyncUpkeep
+from penstock._pool.aio.opener import called
+from penstock._pool.statement_limit import within
+from penstock._pool.sync.borrowing import (
     FOREVER,
     LEAST_PING_SECONDS,
     PING_SECONDS,
@@ -48,15 +46,17 @@ from penstock.borrowing import (
     left_in,
     notice_fork,
 )
+from penstock._pool.sync.executor import LONGEST_SLEEP
+from penstock._process import fork, watch
+from penstock._process.clock import clock
+from penstock._process.stacks import called_at
 from penstock.drivers import Activity, Outdated
 from penstock.errors import ConfigError, PenstockError
-from penstock.statement_limit import within
-from penstock.upkeep import LONGEST_SLEEP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
-    from penstock.two_ends import Entering
+    from penstock._pool.two_ends import Entering
 
 _log = logging.getLogger("penstock")
 

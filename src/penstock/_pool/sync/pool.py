@@ -1,9 +1,9 @@
 """ConnectionPool: the pool for threads, as its users see it.
 
 Read `_machine/slot.py` and `_machine/machine.py` first: they decide. A pool carries out. Its hot path
-is in `lease.py`: an idle slot is found, and given back, without a lock. Its slow half is in
-`borrowing.py` (waiting, pinging, giving back what is not clean), what it does in the background in
-`upkeep.py` (opening, closing, ticks). Here are the public methods, and what happens at a fork.
+is in `_pool/sync/lease.py`: an idle slot is found, and given back, without a lock. Its slow half is in
+`_pool/sync/borrowing.py` (waiting, pinging, giving back what is not clean), what it does in the background in
+`_pool/sync/executor.py` (opening, closing, ticks). Here are the public methods, and what happens at a fork.
 
 It must not know: when to grow, whom to serve, how long to back off. An `if` about such things belongs
 in `_machine`.
@@ -27,19 +27,13 @@ from penstock import _drivers
 from penstock._machine.locked import LockedMachine
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
 from penstock._machine.stats import Stats, snapshot
-from penstock._process import (
-    fork,
-    keeper,
-    runtime,
-    watch,
-)
-from penstock._process.clock import clock
-from penstock.borrowing import FOREVER, Borrowing, notice_fork
-from penstock.config.pool_config import PoolConfig
-from penstock.config.secret import Hidden
-from penstock.dedicated import Dedicated, DedicatedInTurns
-from penstock.errors import ConfigError
-from penstock.lease import (
+from penstock._pool.opener import Opener
+from penstock._pool.reporter import Health, Reporter
+from penstock._pool.result import Result
+from penstock._pool.statement_limit import limit_of
+from penstock._pool.sync.borrowing import FOREVER, Borrowing, notice_fork
+from penstock._pool.sync.dedicated import Dedicated, DedicatedInTurns
+from penstock._pool.sync.lease import (
     CarefulLease,
     CarefulLeaseInTurns,
     ClassLease,
@@ -47,11 +41,17 @@ from penstock.lease import (
     LeaseInTurns,
     PgconnLease,
 )
-from penstock.opening import Opener
-from penstock.reports import Health, Reporter
-from penstock.result import Result
-from penstock.statement_limit import limit_of
-from penstock.two_ends import Entering
+from penstock._pool.two_ends import Entering
+from penstock._process import (
+    fork,
+    keeper,
+    runtime,
+    watch,
+)
+from penstock._process.clock import clock
+from penstock.config.pool_config import PoolConfig
+from penstock.config.secret import Hidden
+from penstock.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

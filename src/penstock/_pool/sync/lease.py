@@ -3,7 +3,7 @@
 One job: the two ends of a borrow, as fast as Python allows. `Lease` is the plain one; `CarefulLease`
 is for pools and borrows with options (`on_borrow`, `settings`, a reset, ...), which cost more.
 
-A lease serves one block at a time (two_ends.py): whoever would store a slot over another's is
+A lease serves one block at a time (_pool/two_ends.py): whoever would store a slot over another's is
 refused. On the hot path the slot itself says that somebody is inside, a borrower that has to wait
 stores the pool's `Entering` before.
 
@@ -30,17 +30,22 @@ import threading
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from penstock._machine.machine import IDLE, IN_USE, LOOK_AGAIN
+from penstock._pool.two_ends import (
+    Entering,
+    InTurns,
+    refuse_to_enter,
+    refuse_to_leave,
+)
 from penstock._process import fork
 from penstock._process.clock import clock
 from penstock._process.fork import page
-from penstock.two_ends import Entering, InTurns, refuse_to_enter, refuse_to_leave
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
     from penstock._machine.slot import Slot
-    from penstock.borrowing import Borrowing
+    from penstock._pool.sync.borrowing import Borrowing
 
 ConnT = TypeVar("ConnT")
 

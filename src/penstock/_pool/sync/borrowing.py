@@ -1,8 +1,8 @@
 """The slow half of a borrow: waiting for a slot, making sure of it, and giving it back unclean.
 
-One job: everything between a borrower and the machine that is not the hot path (`lease.py`).
+One job: everything between a borrower and the machine that is not the hot path (`_pool/sync/lease.py`).
 
-It must not know: how connections are opened and closed (`upkeep.py`), when to grow and whom to serve
+It must not know: how connections are opened and closed (`_pool/sync/executor.py`), when to grow and whom to serve
 (the machine). It takes the pool's `_lock` for one move at a time, never while it waits, pings, rolls
 back or runs the user's code, and waits for it as long as the borrower would (`_take_lock`).
 
@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Final
 from penstock._machine.machine import Phase, Verdict, Waiter
 from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Reason, Slot, SlotState
+from penstock._pool.statement_limit import within
+from penstock._pool.sync.executor import LONGEST_SLEEP, RETURN_LOCK_SECONDS, Upkeep
 from penstock._process import (
     fork,
     keeper,
@@ -37,14 +39,12 @@ from penstock._process.stacks import called_at
 from penstock._process.watchdog import Alarm
 from penstock.drivers import Activity, Outdated
 from penstock.errors import ConfigError, PenstockError, PoolTimeout
-from penstock.statement_limit import within
-from penstock.upkeep import LONGEST_SLEEP, RETURN_LOCK_SECONDS, Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
     from types import FrameType
 
-    from penstock.two_ends import Entering
+    from penstock._pool.two_ends import Entering
 
 #: How long bringing a connection back to a clean state may take at the return, in seconds: a
 #: rollback is one round trip, and a server that does not answer it in this time is not there.

@@ -1,8 +1,8 @@
 """AsyncConnectionPool: the pool for asyncio (uvloop, AnyIO on asyncio), as its users see it.
 
 The same machine as `ConnectionPool`'s decides, and a pool carries out. Its hot path is in
-`async_lease.py`, its slow half in `async_borrowing.py`, what it does in the background in
-`async_upkeep.py`. Here are the public methods, and what happens at a fork.
+`_pool/aio/lease.py`, its slow half in `_pool/aio/borrowing.py`, what it does in the background in
+`_pool/aio/executor.py`. Here are the public methods, and what happens at a fork.
 
 It must not know: when to grow, whom to serve, how long to back off. An `if` about such things belongs
 in `_machine`.
@@ -21,25 +21,31 @@ from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, cast, overload
 
-from penstock import _drivers, loops
+from penstock import _drivers
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
 from penstock._machine.slot import SlotState
 from penstock._machine.stats import Stats, snapshot
+from penstock._pool.aio import loop
+from penstock._pool.aio.borrowing import AsyncBorrowing
+from penstock._pool.aio.dedicated import AsyncDedicated
+from penstock._pool.aio.executor import let_go_of_all, orphaned
+from penstock._pool.aio.lease import AsyncCarefulLease, AsyncLease
+from penstock._pool.aio.opener import AsyncOpener
+from penstock._pool.aio.reporter import TaskReporter
+from penstock._pool.result import Result
+from penstock._pool.statement_limit import limit_of
+from penstock._pool.sync.borrowing import FOREVER, notice_fork
+from penstock._pool.sync.pool import (
+    abandon,
+    new,
+    next_name,
+    refuse_guard_without_renewal,
+)
+from penstock._pool.two_ends import Entering
 from penstock._process import fork, watch
 from penstock._process.clock import clock
-from penstock.async_borrowing import AsyncBorrowing
-from penstock.async_dedicated import AsyncDedicated
-from penstock.async_lease import AsyncCarefulLease, AsyncLease
-from penstock.async_opening import AsyncOpener
-from penstock.async_upkeep import let_go_of_all, orphaned
-from penstock.borrowing import FOREVER, notice_fork
 from penstock.config.pool_config import PoolConfig
 from penstock.config.secret import Hidden
-from penstock.result import Result
-from penstock.statement_limit import limit_of
-from penstock.task_reports import TaskReporter
-from penstock.threads import abandon, new, next_name, refuse_guard_without_renewal
-from penstock.two_ends import Entering
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -51,9 +57,9 @@ if TYPE_CHECKING:
     from psycopg.rows import TupleRow
 
     from penstock._machine.slot import Slot
+    from penstock._pool.reporter import Health
     from penstock.config.pool_config import AsyncOptions
     from penstock.drivers import AsyncDriver
-    from penstock.reports import Health
 
     Conninfo = str | Callable[[], str | Awaitable[str]]
 
@@ -532,7 +538,7 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         _GRAVEYARD.append((self._loop, self._tasks, self._timer, self._end))
         for task in self._tasks:
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's own name
-        loops.forget_watches()
+        loop.forget_watches()
         self._entering = Entering()
         # First let go, then forget: what an interrupt cuts off here is done again from the start.
         dedicated = [(link, True) for link in self._dedicated.values()]

@@ -11,8 +11,8 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from penstock._pool.reporter import Reporter, holder_report
 from penstock._process.stacks import is_plumbing
-from penstock.reports import Reporter, holder_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,7 +7,7 @@ for pools and borrows with options.
 It must not know: how a slot is found when none is idle, how a connection is cleaned; it asks its
 pool. No lock, and none is needed: between two awaits nobody else runs on this loop.
 
-The rules of an interrupt are `lease.py`'s. A cancellation is simpler: it arrives at an await, and
+The rules of an interrupt are `_pool/sync/lease.py`'s. A cancellation is simpler: it arrives at an await, and
 those of a lease are all in its pool's `_borrow_...` and `_give_back`, which see to it.
 """
 
@@ -18,18 +18,18 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from penstock._machine.machine import LOOK_AGAIN
+from penstock._pool.two_ends import refuse_to_enter, refuse_to_leave
 from penstock._process import fork
 from penstock._process.clock import clock
 from penstock._process.fork import page
-from penstock.two_ends import refuse_to_enter, refuse_to_leave
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
     from penstock._machine.slot import Slot
-    from penstock.async_borrowing import AsyncBorrowing
-    from penstock.two_ends import Entering
+    from penstock._pool.aio.borrowing import AsyncBorrowing
+    from penstock._pool.two_ends import Entering
 
 ConnT = TypeVar("ConnT")
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from penstock._machine.outage import Outage
     from penstock._machine.progress import Progress
     from penstock._machine.slot import Slot
-    from penstock.opening import Failure
+    from penstock._pool.opener import Failure
 
 #: Where the holders stand is looked up at most once in so many seconds per pool: in a pile-up of
 #: time-outs every borrower would walk every stack.
@@ -400,7 +400,7 @@ def holder_report(
     now: Mapping[int, FrameType] | None = None
     try:
         longest = sorted(holds, key=lambda hold: hold.seconds, reverse=True)[:limit]
-        now = sys._current_frames() if frames is None else frames  # noqa: SLF001  the documented way
+        now = sys._current_frames() if frames is None else frames
         return [_holder(hold, now.get(hold.ident)) for hold in longest]
     except Exception:  # noqa: BLE001  see above
         return []

@@ -1,7 +1,7 @@
 """The half of an asyncio pool that works in the background: it carries out orders.
 
 One job: open and close connections as the machine orders, have the loop look after them, tick,
-bring orphaned slots home, and say in the log what people should know. `upkeep.py`'s sister: where
+bring orphaned slots home, and say in the log what people should know. `_pool/sync/executor.py`'s sister: where
 that one has the keeper's thread and its workers, this one has tasks and timers of the loop.
 
 It must not know: who waits for what, how a connection is given back, what the user called.
@@ -26,14 +26,12 @@ from threading import get_ident
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock import loops
 from penstock._machine.orders import Close, Open, Order, Overdue, ReportOutage, TakeBack, TickAt
 from penstock._machine.progress import BRIEF_SECONDS, CONNECT_SECONDS
 from penstock._machine.slot import Reason, Slot, SlotRef
-from penstock._process import watch
-from penstock._process.clock import clock
-from penstock.async_opening import called
-from penstock.opening import (
+from penstock._pool.aio import loop as loops
+from penstock._pool.aio.opener import called
+from penstock._pool.opener import (
     DIAGNOSE_SECONDS,
     DRIVER_GRACE,
     Failure,
@@ -41,7 +39,9 @@ from penstock.opening import (
     explain_hanging,
     go_on,
 )
-from penstock.upkeep import LONGEST_SLEEP
+from penstock._pool.sync.executor import LONGEST_SLEEP
+from penstock._process import watch
+from penstock._process.clock import clock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -49,10 +49,10 @@ if TYPE_CHECKING:
 
     from penstock._machine.machine import Machine
     from penstock._machine.progress import Progress
-    from penstock.async_opening import AsyncOpener
+    from penstock._pool.aio.opener import AsyncOpener
+    from penstock._pool.reporter import Reporter
     from penstock.config.pool_config import PoolConfig
     from penstock.errors import PenstockError
-    from penstock.reports import Reporter
 
 #: Connections being opened at the same time, per pool; as the keeper's (`_process/keeper.py`) per process.
 CONNECT_CONCURRENCY: Final = 20
