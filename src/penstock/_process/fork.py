@@ -354,3 +354,9 @@ def _task_gone(path: str, deadline: float) -> bool:
             return False
         time.sleep(0.0001)  # it is past all Python code: tens of microseconds
     return True
+
+
+def notice_fork() -> None:
+    """In a child that ran no at-fork hook: let go of what was inherited, before touching it."""
+    if not page[0]:
+        noticed()

@@ -28,7 +28,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from penstock._pool.sync.borrowing import GivenBack
+from penstock._pool.procedures import GivenBack
 from penstock.errors import MisuseError, PoolTimeout, ServerUnavailable, TooManyRequests
 from penstock.integrations.async_loans import AsyncLoans
 

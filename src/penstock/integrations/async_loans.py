@@ -28,7 +28,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from penstock._machine.slot import Reason
-from penstock._pool.sync.borrowing import GivenBack
+from penstock._pool.procedures import GivenBack
 from penstock._process.stacks import place_of_caller
 from penstock.drivers import Activity
 from penstock.errors import MisuseError

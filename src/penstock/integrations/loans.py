@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet, WeakValueDictionary
 
 from penstock._machine.slot import Reason
-from penstock._pool.sync.borrowing import GivenBack
+from penstock._pool.procedures import GivenBack
 from penstock._process import runtime
 from penstock._process.lock import Lock
 from penstock._process.stacks import place_of_caller

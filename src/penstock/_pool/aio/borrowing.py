@@ -32,10 +32,10 @@ from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Reason, Slot, SlotState
 from penstock._pool.aio.executor import AsyncUpkeep
 from penstock._pool.aio.opener import called
-from penstock._pool.statement_limit import within
-from penstock._pool.sync.borrowing import (
+from penstock._pool.procedures import (
     FOREVER,
     LEAST_PING_SECONDS,
+    LONGEST_SLEEP,
     PING_SECONDS,
     PING_SHARE,
     STILL_HELD,
@@ -44,11 +44,11 @@ from penstock._pool.sync.borrowing import (
     explain_by,
     kept_on_stack,
     left_in,
-    notice_fork,
 )
-from penstock._pool.sync.executor import LONGEST_SLEEP
+from penstock._pool.statement_limit import within
 from penstock._process import fork, watch
 from penstock._process.clock import clock
+from penstock._process.fork import notice_fork
 from penstock._process.stacks import called_at
 from penstock.drivers import Activity, Outdated
 from penstock.errors import ConfigError, PenstockError

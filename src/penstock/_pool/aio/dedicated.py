@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from penstock._machine.machine import Phase
 from penstock._machine.progress import CONNECT_SECONDS
-from penstock._pool.sync.borrowing import notice_fork
 from penstock._pool.two_ends import entered_twice, leave_behind, refuse_to_leave
 from penstock._process.clock import clock
+from penstock._process.fork import notice_fork
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine

@@ -39,7 +39,7 @@ from penstock._pool.opener import (
     explain_hanging,
     go_on,
 )
-from penstock._pool.sync.executor import LONGEST_SLEEP
+from penstock._pool.procedures import LONGEST_SLEEP
 from penstock._process import watch
 from penstock._process.clock import clock
 

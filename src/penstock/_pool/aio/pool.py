@@ -32,18 +32,20 @@ from penstock._pool.aio.executor import let_go_of_all, orphaned
 from penstock._pool.aio.lease import AsyncCarefulLease, AsyncLease
 from penstock._pool.aio.opener import AsyncOpener
 from penstock._pool.aio.reporter import TaskReporter
-from penstock._pool.result import Result
-from penstock._pool.statement_limit import limit_of
-from penstock._pool.sync.borrowing import FOREVER, notice_fork
-from penstock._pool.sync.pool import (
+from penstock._pool.procedures import (
+    FOREVER,
     abandon,
     new,
     next_name,
     refuse_guard_without_renewal,
+    wants_nothing_special,
 )
+from penstock._pool.result import Result
+from penstock._pool.statement_limit import limit_of
 from penstock._pool.two_ends import Entering
-from penstock._process import fork, watch
+from penstock._process import fork
 from penstock._process.clock import clock
+from penstock._process.fork import notice_fork
 from penstock.config.pool_config import PoolConfig
 from penstock.config.secret import Hidden
 
@@ -169,7 +171,7 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         self._home = weakref.ref(self)
         self._entering = Entering()
         self._left_behind: list[Any] = []
-        self._plain = _wants_nothing_special(config)
+        self._plain = wants_nothing_special(config)
         limit = limit_of(config, self._driver, self.name, weakref.WeakMethod(self._doubt))
         self._opener = AsyncOpener(config, self._driver, self.name, limit)
         self._machine = self._new_machine(config)
@@ -553,17 +555,6 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         self._dedicated = {}
         if failures:
             raise failures[0]
-
-
-def _wants_nothing_special(config: PoolConfig) -> bool:
-    """Whether plain leases will do."""
-    return (
-        watch.available()
-        and config.reset == "rollback"
-        and not config.guard
-        and config.on_borrow is None
-        and config.check is None
-    )
 
 
 def _loop_of(home: weakref.ref[AsyncConnectionPool[Any]]) -> asyncio.AbstractEventLoop | None:

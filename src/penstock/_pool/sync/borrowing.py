@@ -20,13 +20,25 @@ import sys
 import threading
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from penstock._machine.machine import Phase, Verdict, Waiter
 from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Reason, Slot, SlotState
+from penstock._pool.procedures import (
+    LEAST_PING_SECONDS,
+    LONGEST_SLEEP,
+    PING_SECONDS,
+    PING_SHARE,
+    STILL_HELD,
+    TIDY_SECONDS,
+    GivenBack,
+    explain_by,
+    kept_on_stack,
+    left_in,
+)
 from penstock._pool.statement_limit import within
-from penstock._pool.sync.executor import LONGEST_SLEEP, RETURN_LOCK_SECONDS, Upkeep
+from penstock._pool.sync.executor import RETURN_LOCK_SECONDS, Upkeep
 from penstock._process import (
     fork,
     keeper,
@@ -35,6 +47,7 @@ from penstock._process import (
     watch,
 )
 from penstock._process.clock import clock
+from penstock._process.fork import notice_fork
 from penstock._process.stacks import called_at
 from penstock._process.watchdog import Alarm
 from penstock.drivers import Activity, Outdated
@@ -42,25 +55,9 @@ from penstock.errors import ConfigError, PenstockError, PoolTimeout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
-    from types import FrameType
 
     from penstock._pool.two_ends import Entering
 
-#: How long bringing a connection back to a clean state may take at the return, in seconds: a
-#: rollback is one round trip, and a server that does not answer it in this time is not there.
-TIDY_SECONDS: Final = 5.0
-
-#: A ping may use this share of what the borrower has left, so that there is time for another
-#: connection if it is not answered; at most PING_SECONDS, and at least LEAST_PING_SECONDS, since a
-#: connection is not to be closed because its borrower was in a hurry.
-PING_SHARE: Final = 0.5
-PING_SECONDS: Final = 5.0
-LEAST_PING_SECONDS: Final = 0.1
-
-FOREVER: Final = float("inf")
-
-#: With `guard`, of a driver that cannot make another object over the session.
-STILL_HELD: Final = "somebody still has this connection object, which was given back"
 
 _log = logging.getLogger("penstock")
 
@@ -582,24 +579,6 @@ class Borrowing(Upkeep):
         return max(0.0, timeout)
 
 
-def left_in(activity: Activity) -> str:
-    """What somebody was in the middle of who gave back a connection that nobody can use now."""
-    if activity is Activity.ACTIVE:
-        return "while a statement was under way"
-    return "in the middle of something, or it could not be rolled back in time"
-
-
-class GivenBack(Exception):  # noqa: N818  never raised: it stands for "roll back" in putconn()
-    """What putconn() tells a lease instead of an exception, to have it rolled back."""
-
-
-def kept_on_stack(held: Mapping[int, Any], top: FrameType) -> Collection[int]:
-    """Those of the links (by serial) whose connections this stack keeps from being given back."""
-    serials = {id(link.conn): serial for serial, link in held.items()}
-    sights = stacks.seen(serials, top)
-    return {serials[number] for number, sight in sights.items() if sight.kept}
-
-
 def _blocked_loop(seconds: float) -> str:
     """Whose event loop stands still while the calling thread waits so long; "": none.
 
@@ -612,12 +591,6 @@ def _blocked_loop(seconds: float) -> str:
     )
 
 
-def notice_fork() -> None:
-    """In a child that ran no at-fork hook: let go of what was inherited, before touching it."""
-    if not fork.page[0]:
-        fork.noticed()
-
-
 def _sleep_at(gate: runtime.Gate, seconds: float) -> None:
     # At most LONGEST_SLEEP, since a lock takes no more; whoever sleeps looks again.
     runtime.rest(gate, min(seconds, LONGEST_SLEEP))
@@ -627,14 +600,6 @@ def _pause(refused: int, seconds: float, left: float) -> None:
     """Between new connections that the user's check refuses, as between failed connects."""
     delay = retry_delay(refused, seconds, waited_for=True, sqlstate=None, random=random.random())
     time.sleep(min(delay, left))
-
-
-def explain_by(error: PenstockError, refusal: Exception | None, seconds: float) -> None:
-    """A borrower whose connections were all refused by `check`: that is why he got none."""
-    if refusal is not None:
-        error.__cause__ = refusal
-        if isinstance(error, PoolTimeout):
-            error.timeout = seconds
 
 
 def _wait_for(condition: Callable[[], bool], gate: runtime.Gate, deadline: float) -> bool:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from penstock._machine.machine import Phase
 from penstock._machine.progress import CONNECT_SECONDS, Progress
 from penstock._pool.opener import Failure, explain_hanging
-from penstock._pool.sync.borrowing import notice_fork
 from penstock._pool.sync.executor import prepare_drivers
 from penstock._pool.two_ends import (
     InTurns,
@@ -25,6 +24,7 @@ from penstock._pool.two_ends import (
 )
 from penstock._process import keeper, runtime
 from penstock._process.clock import clock
+from penstock._process.fork import notice_fork
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -28,6 +28,7 @@ from penstock._pool.opener import (
     explain_hanging,
     go_on,
 )
+from penstock._pool.procedures import LONGEST_SLEEP
 from penstock._process import keeper, runtime, watch
 from penstock._process.clock import clock
 from penstock.errors import PenstockError, PoolTimeout
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from penstock._process.lock import Lock
     from penstock.config.pool_config import PoolConfig
 
-#: The longest that anybody sleeps at a time, in seconds: longer times overflow a lock's.
-LONGEST_SLEEP: Final = 1e6
 
 #: So long a return waits for the pool's lock, in seconds.
 RETURN_LOCK_SECONDS: Final = 5.0

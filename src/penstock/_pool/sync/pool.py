@@ -28,10 +28,18 @@ from penstock._machine.locked import LockedMachine
 from penstock._machine.machine import LOOK_AGAIN, Machine, Phase
 from penstock._machine.stats import Stats, snapshot
 from penstock._pool.opener import Opener
+from penstock._pool.procedures import (
+    FOREVER,
+    abandon,
+    new,
+    next_name,
+    refuse_guard_without_renewal,
+    wants_nothing_special,
+)
 from penstock._pool.reporter import Health, Reporter
 from penstock._pool.result import Result
 from penstock._pool.statement_limit import limit_of
-from penstock._pool.sync.borrowing import FOREVER, Borrowing, notice_fork
+from penstock._pool.sync.borrowing import Borrowing
 from penstock._pool.sync.dedicated import Dedicated, DedicatedInTurns
 from penstock._pool.sync.lease import (
     CarefulLease,
@@ -46,12 +54,11 @@ from penstock._process import (
     fork,
     keeper,
     runtime,
-    watch,
 )
 from penstock._process.clock import clock
+from penstock._process.fork import notice_fork
 from penstock.config.pool_config import PoolConfig
 from penstock.config.secret import Hidden
-from penstock.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -68,9 +75,6 @@ if TYPE_CHECKING:
     from penstock.errors import PenstockError
 
 ConnT = TypeVar("ConnT")
-
-new: Callable[[Any], Any] = object.__new__  # makes a lease, 40 ns sooner than calling its class
-_names = iter(range(1, sys.maxsize))
 
 
 class ConnectionPool(Borrowing, Generic[ConnT]):
@@ -173,7 +177,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         self._lease = _lease_class(self._driver)
         self._entering = Entering()
         self._left_behind: list[Any] = []
-        self._plain = _wants_nothing_special(config)
+        self._plain = wants_nothing_special(config)
         self._fast = self._plain and self._has_global_lock
         self._lock = runtime.Lock()
         limit = limit_of(config, self._driver, self.name, weakref.WeakMethod(self._doubt))
@@ -509,38 +513,12 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
     def _set_guard(self, *, on: bool) -> None:
         """For penstock.testing: what is lent from now on is guarded, or not any more."""
         self._config = self._config.replace(guard=on)
-        self._plain = _wants_nothing_special(self._config)
+        self._plain = wants_nothing_special(self._config)
         self._fast = self._plain and self._has_global_lock
-
-
-def next_name() -> str:
-    """What a pool is called that was given no name."""
-    return f"pool-{next(_names)}"
 
 
 def _has_global_lock() -> bool:
     return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
-
-
-def _wants_nothing_special(config: PoolConfig) -> bool:
-    """Whether plain leases will do."""
-    special = (config.on_borrow, config.check)
-    # Where nobody watches (no epoll), each borrow looks at the socket, and leases are careful.
-    return (
-        watch.available()
-        and config.reset == "rollback"
-        and not config.guard
-        and all(option is None for option in special)
-    )
-
-
-def refuse_guard_without_renewal(config: PoolConfig, driver: Any) -> None:
-    """Raise ConfigError where `guard` is asked for and the driver cannot do it."""
-    if config.guard and not getattr(driver, "renews", False):
-        raise ConfigError(
-            "guard", "True", f"False with driver {driver.name!r}, whose links have no renew()",
-            pool=config.name,
-        )  # fmt: skip
 
 
 def _lease_class(driver: Any) -> type[Lease[Any]]:
@@ -552,12 +530,3 @@ def _lease_class(driver: Any) -> type[Lease[Any]]:
 
 def _from_config(cls: type[ConnectionPool[Any]], config: PoolConfig) -> ConnectionPool[Any]:
     return cls.from_config(config)
-
-
-def abandon(link: Any, *, busy: bool) -> Exception | None:
-    """Let go of one inherited link; one that cannot be must not keep the others."""
-    try:
-        link.abandon(busy=busy)
-    except Exception as error:  # noqa: BLE001  told once all were tried
-        return error
-    return None
