@@ -30,9 +30,8 @@ import weakref
 from _queue import SimpleQueue  # the native one: nobody sleeps at it
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from penstock._machine.slot import SlotRef
 from penstock._process import fork, runtime
 from penstock._process.clock import clock
 
@@ -40,11 +39,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Protocol
 
+    class Orphan(Protocol):
+        """A weak reference to what was dropped without being given back."""
+
+        home: Callable[[], Kept | None] | None
+
     class Kept(Protocol):
         """What a pool offers its keeper."""
 
         def _tick(self) -> None: ...
-        def _bring_home(self, ref: SlotRef) -> None: ...
+        def _bring_home(self, ref: Orphan) -> None: ...
 
     class Rings(Protocol):
         """Something that has a deadline."""
@@ -267,13 +271,13 @@ class Keeper:
             return self._leave()
         if item is None:
             self._tick_due()
-        elif isinstance(item, SlotRef):
-            _bring_home(item)
+        elif isinstance(item, weakref.ref):  # of what is gone: that is why it is here
+            _bring_home(cast("Orphan", item))
         else:
-            item()
+            cast("Job", item)()
         return True
 
-    def _next(self) -> SlotRef | Job | None:
+    def _next(self) -> Orphan | Job | None:
         """What to do next; None when a timer is due."""
         self._sleeps_until = float("inf")
         due = [*self._timers.values(), *self._alarms.values()]
@@ -288,8 +292,8 @@ class Keeper:
         except queue.Empty:
             return None
 
-    def _received(self, seconds: float | None) -> SlotRef | Job | None:
-        item: SlotRef | Job | None = self.inbox.get(timeout=seconds)
+    def _received(self, seconds: float | None) -> Orphan | Job | None:
+        item: Orphan | Job | None = self.inbox.get(timeout=seconds)
         return item
 
     def _tick_due(self) -> None:
@@ -383,7 +387,7 @@ def _tick(pool: Kept) -> None:
         _log.exception("a pool's tick failed")
 
 
-def _bring_home(ref: SlotRef) -> None:
+def _bring_home(ref: Orphan) -> None:
     pool = None if ref.home is None else ref.home()
     if pool is not None:
         pool._bring_home(ref)
@@ -392,10 +396,10 @@ def _bring_home(ref: SlotRef) -> None:
         let_go(ref)
 
 
-_strays: list[Callable[[SlotRef], object]] = []
+_strays: list[Callable[[Any], object]] = []
 
 
-def on_stray(let_go: Callable[[SlotRef], object]) -> None:
+def on_stray(let_go: Callable[[Any], object]) -> None:
     """Call `let_go` with each slot's reference whose pool was garbage before the slot was."""
     if let_go not in _strays:
         _strays.append(let_go)

@@ -12,7 +12,7 @@ from typing import Final
 import asyncpg
 
 from penstock._drivers.libpq_trace import STEP_ATTRS
-from penstock._drivers.psycopg3.tls_probe import NO_TLS, NOT_VERIFIED
+from penstock._drivers.tls_probe import NO_TLS, NOT_VERIFIED
 from penstock.drivers import Diagnosis
 
 # Classes of SQLSTATE at start-up that do not go away by waiting; see psycopg3_diagnose.

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Final
 
 import psycopg2
 
+from penstock._drivers import tls_probe
 from penstock._drivers.libpq_trace import SPOKE_TLS, heard_by, spoke_tls
 from penstock._drivers.psycopg2.adopt import params_used
 from penstock._drivers.psycopg2.connect import connection_params
 from penstock._drivers.psycopg2.tape import heard_in_attempt
-from penstock._drivers.psycopg3 import tls_probe
 from penstock._process.sockets import deadline_in
 from penstock.config.conninfo import to_conninfo
 from penstock.config.secret import Secret, is_secret

@@ -15,8 +15,8 @@ import psycopg
 from psycopg import pq
 from psycopg.conninfo import make_conninfo
 
+from penstock._drivers import tls_probe
 from penstock._drivers.libpq_trace import heals, spoke_tls
-from penstock._drivers.psycopg3 import tls_probe
 from penstock._drivers.psycopg3.adopt import params_of
 from penstock._drivers.psycopg3.connect import (
     Params,

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self
 
 from penstock._pool.aio.pool import AsyncConnectionPool
+from penstock._pool.named_pools import NamedPools
 from penstock._process.clock import clock
-from penstock.pools import NamedPools
 
 if TYPE_CHECKING:
     from types import TracebackType
