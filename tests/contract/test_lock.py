@@ -19,7 +19,7 @@ import pytest
 from penstock._process import lock as locks
 from penstock._process import runtime
 from penstock._process.lock import Lock
-from penstock.integrations import loans
+from penstock.integrations._unit import loans
 from tests.contract.interrupting import NoTripwire, Tripwire, unmonitor
 
 #: Far beyond what anything here takes.

@@ -22,10 +22,10 @@ from tests.forks import Child, until
 from penstock import ConnectionPool, pools
 from penstock._pool.aio.pool import AsyncConnectionPool
 from penstock._process import runtime
-from penstock.integrations import gunicorn as hooks
-from penstock.integrations import gunicorn_limits, gunicorn_traps
-from penstock.integrations.gunicorn_limits import Allowed
-from penstock.integrations.gunicorn_traps import Share
+from penstock.integrations.gunicorn import hooks, limits
+from penstock.integrations.gunicorn import traps as gunicorn_traps
+from penstock.integrations.gunicorn.limits import Allowed
+from penstock.integrations.gunicorn.traps import Share
 from penstock.pools import close_all
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ import {module}
 from gunicorn.config import Config
 from gunicorn.util import load_class
 from penstock import ConnectionPool, pools
-from penstock.integrations import gunicorn_traps
+from penstock.integrations.gunicorn import traps as gunicorn_traps
 cfg = Config()
 cls = load_class("gevent")
 worker = cls.__new__(cls)
@@ -212,7 +212,7 @@ def test_pools_of_asyncio_are_asked_on_a_loop_of_the_askers_own(server):
     pool: AsyncConnectionPool[Any] = AsyncConnectionPool(
         server.conninfo(), driver="asyncpg", name="feed", max_size=50
     )
-    (line,) = gunicorn_limits.exceeded(5, [Share(pool, 50)])
+    (line,) = limits.exceeded(5, [Share(pool, 50)])
     assert names("250", "pool 'feed'", "allows 200")(line)  # a superuser's are not reserved
     assert not pool.opened
     until(lambda: not [n for (n,) in server.execute(NAMES) if "/feed/" in n], "its session is gone")
@@ -241,11 +241,11 @@ def test_pools_on_one_server_are_added_and_those_on_others_are_not(unix_dsn):
     one, two = (ConnectionPool(unix_dsn, name=name) for name in ("one", "two"))
     here = Allowed("start 5432", "app", "shop", 100, 3, -1, -1)
     there = here._replace(server="other 5433")
-    assert gunicorn_limits.found(8, [(Share(one, 10), here), (Share(two, 10), there)]) == []
-    (line,) = gunicorn_limits.found(8, [(Share(one, 10), here), (Share(two, 3), here)])
+    assert limits.found(8, [(Share(one, 10), here), (Share(two, 10), there)]) == []
+    (line,) = limits.found(8, [(Share(one, 10), here), (Share(two, 3), here)])
     assert names("8 workers x 13", "10 of pool 'one', 3 of pool 'two'", "port 5432")(line)
-    assert gunicorn_limits.found(97, [(Share(one, 1), here)]) == []
-    assert names("at most 97 workers")(gunicorn_limits.found(98, [(Share(one, 1), here)])[0])
+    assert limits.found(97, [(Share(one, 1), here)]) == []
+    assert names("at most 97 workers")(limits.found(98, [(Share(one, 1), here)])[0])
 
 
 def test_only_the_first_worker_of_a_generation_asks(pool, monkeypatch):
@@ -255,7 +255,7 @@ def test_only_the_first_worker_of_a_generation_asks(pool, monkeypatch):
         asked.append(given)
         return []
 
-    monkeypatch.setattr(gunicorn_limits, "exceeded", exceeded)
+    monkeypatch.setattr(limits, "exceeded", exceeded)
     for age in (2, 3, 4):
         hooks.post_worker_init(worker_of("sync", age=age, workers=3))
         for thread in threading.enumerate():
@@ -269,7 +269,7 @@ def test_a_server_that_is_down_keeps_no_worker_from_starting_and_no_other_from_b
     worker = worker_of("asgi", workers=1)
     with ConnectionPool("host=127.0.0.1 port=1", name="gone", timeout=0.2) as gone:
         shares = [gunicorn_traps.share(worker, each) for each in (gone, pool)]
-        (line,) = gunicorn_limits.exceeded(1, shares)
+        (line,) = limits.exceeded(1, shares)
         hooks.post_worker_init(worker)  # says nothing about it
     assert names("1 workers x 300", "pool 'shop'")(line)
 

@@ -1,4 +1,4 @@
-"""penstock in other people's frameworks, one module each.
+"""penstock in other people's frameworks, one module or folder each.
 
-A module here may import the framework that it is named after; nothing else of penstock imports it.
+What is here may import the framework that it is named after; nothing else of penstock imports it.
 """

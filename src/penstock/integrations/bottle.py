@@ -19,7 +19,7 @@ from bottle import HTTPError, HTTPResponse, request, response
 
 from penstock._pool.sync.pool import ConnectionPool
 from penstock.errors import MisuseError, PoolTimeout, ServerUnavailable, TooManyRequests
-from penstock.integrations.loans import Loans
+from penstock.integrations._unit.loans import Loans
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

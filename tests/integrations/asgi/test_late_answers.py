@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from tests.integrations.asgi.conftest import Wire, on_a_loop
 from tests.integrations.asgi.test_streams import rows, streaming
 
-from penstock.integrations.async_loans import AsyncLoan
+from penstock.integrations._unit.aio_loans import AsyncLoan
 
 SPECS = ("2.3", "2.4")
 DB = "db"

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from penstock._pool.procedures import GivenBack
 from penstock.errors import MisuseError, PoolTimeout, ServerUnavailable, TooManyRequests
-from penstock.integrations.async_loans import AsyncLoans
+from penstock.integrations._unit.aio_loans import AsyncLoans
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping

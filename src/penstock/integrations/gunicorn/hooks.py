@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from penstock import pools
 from penstock._process import fork
-from penstock.integrations import gunicorn_limits, gunicorn_traps
+from penstock.integrations.gunicorn import limits
+from penstock.integrations.gunicorn import traps as gunicorn_traps
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -112,7 +113,7 @@ def _is_first_of_generation(worker: Any) -> bool:
 
 def _check_limits(worker: Any, made: list[gunicorn_traps.Pool]) -> None:
     shares = [gunicorn_traps.share(worker, each) for each in made]
-    _warn(worker, gunicorn_limits.exceeded(int(worker.cfg.workers), shares))
+    _warn(worker, limits.exceeded(int(worker.cfg.workers), shares))
 
 
 def _warn(worker: Any, warnings: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ from penstock._pool.aio.pool import AsyncConnectionPool
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from penstock.integrations.gunicorn_traps import Share
+    from penstock.integrations.gunicorn.traps import Share
 
 _log = logging.getLogger("penstock.gunicorn")
 

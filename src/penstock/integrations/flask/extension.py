@@ -33,10 +33,10 @@ from werkzeug.wrappers import Response as AnyResponse
 from penstock.config.secret import Hidden
 from penstock.errors import MisuseError, PoolTimeout, TooManyRequests
 from penstock.errors import ServerUnavailable as DatabaseUnavailable
-from penstock.integrations import flask_settings
-from penstock.integrations.flask_settings import MAIN
-from penstock.integrations.flask_streams import Streamed
-from penstock.integrations.loans import Loan, Loans, execute
+from penstock.integrations._unit.loans import Loan, Loans, execute
+from penstock.integrations.flask import settings as flask_settings
+from penstock.integrations.flask.settings import MAIN
+from penstock.integrations.flask.streams import Streamed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

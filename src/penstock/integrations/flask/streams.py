@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    from penstock.integrations.loans import Loan, Loans
+    from penstock.integrations._unit.loans import Loan, Loans
 
 
 class Streamed:

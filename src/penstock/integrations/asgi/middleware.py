@@ -34,16 +34,27 @@ from typing import (
 )
 
 from penstock.errors import ConfigError, MisuseError
-from penstock.integrations.asgi_lifespan import Lifespan
-from penstock.integrations.asgi_requests import UNAVAILABLE, Exchange, Manner, OwnUnit, Unit
+from penstock.integrations.asgi.lifespan import Lifespan
+from penstock.integrations.asgi.requests import (
+    UNAVAILABLE,
+    Exchange,
+    Manner,
+    OwnUnit,
+    Unit,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from penstock._pool.aio.pool import AsyncConnectionPool
     from penstock._pool.reporter import Health
-    from penstock.integrations.asgi_requests import App, Receive, Scope, Send
-    from penstock.integrations.async_loans import AsyncLoan
+    from penstock.integrations._unit.aio_loans import AsyncLoan
+    from penstock.integrations.asgi.requests import (
+        App,
+        Receive,
+        Scope,
+        Send,
+    )
 
 ConnT = TypeVar("ConnT")
 HookT = TypeVar("HookT", bound="Callable[[Any], object]")

@@ -32,8 +32,8 @@ from penstock._pool.procedures import GivenBack
 from penstock._process.stacks import place_of_caller
 from penstock.drivers import Activity
 from penstock.errors import MisuseError
-from penstock.integrations.async_transactions import AsyncpgShape, PsycopgShape
-from penstock.integrations.loans import note_place
+from penstock.integrations._unit.aio_transactions import AsyncpgShape, PsycopgShape
+from penstock.integrations._unit.loans import note_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
