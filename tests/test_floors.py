@@ -38,8 +38,8 @@ MAY_IMPORT = {
     "integrations": "errors drivers config _process _drivers _machine.slot _pool _pool.sync _pool.aio pools",
     "": "errors drivers config _drivers _machine.stats _pool _pool.sync _pool.aio pools",
 }
-#: Nobody's on the way up: they may import everything, and only they import each other.
-TOOLS = {"testing", "launcher", "_supervisor", "cli", "__main__"}
+#: Nobody's on the way up: they may import everything, and nothing imports them.
+TOOLS = {"testing"}
 
 MACHINE_MAY_IMPORT = {
     *("__future__", "bisect", "collections", "collections.abc", "dataclasses", "enum"),
@@ -62,11 +62,9 @@ OPTIONAL = {
     "penstock.integrations.gunicorn": {"gunicorn"},
     "penstock.integrations.sqlalchemy": {"sqlalchemy"},
     "penstock.integrations.django": {"django"},
-    "penstock.testing.plugin": {"pytest"},
+    "pytest_penstock.plugin": {"pytest"},
     "penstock.observe.prometheus": {"prometheus_client"},
     "penstock.observe.otel": {"opentelemetry"},
-    # the demo extra, which the command line asks for before it imports these
-    "penstock.cli": {"click", "flask", "gunicorn", "httpx", "psycopg", "psycopg2", "psycopg_pool", "rich", "werkzeug"},
 }  # fmt: skip
 
 

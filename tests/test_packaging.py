@@ -15,7 +15,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
-# The demo's bank: in the checkout it is an example, in the wheel a part of the demo.
 BANK = {path.relative_to(ROOT).as_posix() for path in (ROOT / "examples/bank/bank").rglob("*.py")}
 
 
@@ -25,34 +24,62 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     )
 
 
+PLUGIN = ROOT / "pytest-penstock"
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict[str, Path]:
-    """The archives by their suffix."""
+    """The archives of penstock by their suffix."""
+    return build(ROOT, tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory) -> dict[str, Path]:
+    """The archives of pytest-penstock by their suffix."""
+    return build(PLUGIN, tmp_path_factory.mktemp("plugin"))
+
+
+def build(project: Path, folder: Path) -> dict[str, Path]:
     pytest.importorskip("hatchling", reason="needs the build backend")
-    folder = tmp_path_factory.mktemp("dist")
-    done = run("-m", "hatchling", "build", "-d", str(folder), cwd=ROOT)
+    done = run("-m", "hatchling", "build", "-d", str(folder), cwd=project)
     assert done.returncode == 0, done.stderr
     return {path.suffix: path for path in folder.iterdir()}
 
 
-def test_the_wheel_has_every_module_the_types_marker_and_the_license(built):
-    names = set(zipfile.ZipFile(built[".whl"]).namelist())
-    example = {name.replace("examples/bank/", "penstock/cli/_example/") for name in BANK}
-    assert {name for name in names if name.endswith(".py")} == SOURCES | example
-    assert "penstock/cli/_example/bank/openapi.yaml" in names
-    assert "penstock/py.typed" in names
-    assert any(name.endswith("licenses/LICENSE") for name in names)
-    entries = next(name for name in names if name.endswith("entry_points.txt"))
-    assert b"penstock = penstock.cli:main" in zipfile.ZipFile(built[".whl"]).read(entries)
+def names_in_wheel(wheel: Path) -> set[str]:
+    """What is in it, apart from what every wheel says of itself."""
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
 
-def test_the_demo_of_an_installed_wheel_has_its_bank(built, tmp_path):
-    zipfile.ZipFile(built[".whl"]).extractall(tmp_path)
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import penstock.cli.example as example; "
-    done = run("-I", "-c", code + "print(example.folder_of_the_bank())")
-    assert done.stdout.strip() == str(tmp_path / "penstock/cli/_example"), done.stderr
-    assert (tmp_path / "penstock/cli/_example/bank/asgi.py").is_file()
-    assert (tmp_path / "penstock/cli/status.html").is_file()
+def names_in_sdist(archive: Path) -> set[str]:
+    with tarfile.open(archive) as opened:
+        return {each.name.partition("/")[2] for each in opened.getmembers() if each.isfile()}
+
+
+def test_the_wheel_has_every_module_and_the_types_marker_and_nothing_else(built):
+    assert names_in_wheel(built[".whl"]) == SOURCES | {"penstock/py.typed"}
+    about = {Path(name).name for name in zipfile.ZipFile(built[".whl"]).namelist()}
+    assert "LICENSE" in about
+    assert "entry_points.txt" not in about
+
+
+def test_the_plugins_archives_have_its_modules_and_nothing_else(plugin):
+    source = PLUGIN / "src"
+    modules = {path.relative_to(source).as_posix() for path in source.rglob("*.py")}
+    modules.add("pytest_penstock/py.typed")
+    assert names_in_wheel(plugin[".whl"]) == modules
+    tests = {path.relative_to(PLUGIN).as_posix() for path in PLUGIN.glob("tests/*.py")}
+    about = {"LICENSE", "README.md", "pyproject.toml", "PKG-INFO", ".gitignore"}
+    assert tests
+    assert names_in_sdist(plugin[".gz"]) - about == tests | {f"src/{name}" for name in modules}
+    wheel = zipfile.ZipFile(plugin[".whl"])
+    entries = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert b"[pytest11]\npytest_penstock.plugin = pytest_penstock.plugin" in wheel.read(entries)
+    version = run("-m", "hatchling", "version", cwd=ROOT).stdout.strip()
+    metadata = next(name for name in wheel.namelist() if name.endswith("METADATA"))
+    lines = wheel.read(metadata).decode().splitlines()
+    assert f"Version: {version}" in lines
+    assert f"Requires-Dist: penstock=={version}" in lines
 
 
 def test_the_wheel_needs_no_other_package_and_any_python_from_3_11(built):
@@ -65,12 +92,14 @@ def test_the_wheel_needs_no_other_package_and_any_python_from_3_11(built):
 
 
 def test_the_source_archive_has_what_it_takes_to_run_the_tests(built):
-    with tarfile.open(built[".gz"]) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
+    names = names_in_sdist(built[".gz"])
     assert {f"src/{name}" for name in SOURCES} | BANK <= names
     wanted = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "conftest.py"}
     wanted |= {"pyproject.toml", "docs/options.md", "tests/conftest.py", "bench/hot_path.py"}
+    wanted |= {"demo/__main__.py", "demo/status.html", "pytest-penstock/pyproject.toml"}
     assert wanted <= names
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    assert folders == {"src", "pytest-penstock", "demo", "tests", "bench", "docs", "examples"}
     assert not [name for name in names if "__pycache__" in name or name.startswith(".venv")]
 
 

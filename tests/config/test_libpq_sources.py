@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from penstock import ConnectionPool, PoolConfig, Pools, ServerUnavailable
-from penstock.launcher import Server
+from pytest_penstock.postgres import Server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

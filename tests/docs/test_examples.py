@@ -36,7 +36,7 @@ from tests.docs.pages import PAGES, ROOT, blocks, headings, links, name_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 LANGUAGES = {"diff", "python", "sql", "text", "console", "mermaid", "toml", "ini"}
 FILE_NAME = re.compile(r"[#;] (?P<name>\w+\.(?:toml|ini|py))\n")

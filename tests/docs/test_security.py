@@ -18,7 +18,7 @@ from tests.docs.test_examples import same_but_for_figures
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 PAGE = ROOT / "docs/security.md"
 CONNINFO = "host=db.example.com dbname=shop user=app sslmode=verify-full sslrootcert=db-ca.pem"

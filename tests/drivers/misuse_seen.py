@@ -21,7 +21,7 @@ from tests.drivers.misuse_columns import COLUMNS, NONE, Column
 from tests.forks import PATIENCE, Child, until
 
 from penstock import MisuseError, PenstockError
-from penstock.launcher import Server
+from pytest_penstock.postgres import Server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

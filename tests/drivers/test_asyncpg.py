@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.wire import WireProxy
 
     from penstock._drivers.asyncpg.link import AsyncpgLink
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 on_each_loop = pytest.mark.parametrize("loop", LOOPS)
 

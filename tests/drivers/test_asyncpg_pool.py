@@ -17,7 +17,7 @@ from penstock import AsyncConnectionPool, MisuseError, PoolClosed, PoolTimeout, 
 if TYPE_CHECKING:
     import random
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 on_each_loop = pytest.mark.parametrize("loop", LOOPS)
 

@@ -11,7 +11,7 @@ from tests.drivers.misuse_columns import COLUMNS, Column
 from tests.drivers.misuse_seen import MISUSES, what_is_seen
 
 if TYPE_CHECKING:
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 PAGE = Path(__file__).parents[2] / "docs" / "misuse.md"
 

@@ -19,7 +19,7 @@ from penstock._drivers.psycopg2 import private as psycopg2_private
 from penstock._drivers.psycopg3 import private as psycopg3_private
 
 if TYPE_CHECKING:
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 ROOT = Path(__file__).parents[2]
 WANTED = [

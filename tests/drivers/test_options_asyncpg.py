@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 PARAMETERS = inspect.signature(asyncpg.connect).parameters.keys()
 
@@ -203,7 +203,7 @@ def test_hosts_and_ports_may_be_lists(server: Server) -> None:
 def test_a_password_may_be_a_text_a_function_a_coroutine_function_or_in_a_file(
     tmp_path: Path,
 ) -> None:
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
     async def later() -> str:
         return "hunter2"

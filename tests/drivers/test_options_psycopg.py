@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 LIBPQ = {each.keyword.decode() for each in psycopg.pq.Conninfo.get_defaults()}
 

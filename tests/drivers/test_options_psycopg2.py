@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 
 def is_known(key: str) -> bool:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from penstock._drivers.psycopg2.link import Psycopg2Link
     from penstock.drivers import Driver
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
     OpenLink = Callable[..., Psycopg2Link]
 

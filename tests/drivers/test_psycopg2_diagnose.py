@@ -21,7 +21,7 @@ from penstock import ConnectionPool, ServerUnavailable
 from penstock._drivers.psycopg2 import diagnose as psycopg2_diagnose
 from penstock._drivers.psycopg2.driver import Psycopg2Driver
 from penstock.drivers import Recipe
-from penstock.launcher import HBA, Server
+from pytest_penstock.postgres import HBA, Server
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tests.wire import WireProxy
 
     from penstock.drivers import Driver
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
     OpenLink = Callable[..., Psycopg3Link]
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from tests.wire import WireProxy
 
     from penstock.drivers import AsyncDriver
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
     conforming: AsyncDriver[psycopg.AsyncConnection[Any]] = driver  # to the protocol, for mypy
 

@@ -21,7 +21,7 @@ from penstock._drivers.psycopg3 import guard
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 Conn = psycopg.AsyncConnection[Any]
 

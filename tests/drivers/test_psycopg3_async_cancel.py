@@ -22,7 +22,7 @@ from penstock.drivers import Activity
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 Link = AsyncPsycopg3Link
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from tests.wire import WireProxy
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 on_both_loops = pytest.mark.parametrize("loop", LOOPS)
 

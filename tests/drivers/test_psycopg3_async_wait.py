@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from penstock._drivers.psycopg3.aio_driver import AsyncPsycopg3Link
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 on_both_loops = pytest.mark.parametrize("loop", LOOPS)
 

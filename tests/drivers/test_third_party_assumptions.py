@@ -24,7 +24,7 @@ from penstock._drivers.psycopg3 import guard
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
     Conn = psycopg.Connection[Any]
 

@@ -19,7 +19,7 @@ from penstock import AsyncConnectionPool, ConnectionPool, MisuseError, ServerUna
 from penstock._drivers.psycopg3 import aio_driver
 from penstock._drivers.psycopg3 import driver as psycopg3
 from penstock.drivers import Adopts, AsyncAdopts, NotAdopted, Recipe
-from penstock.launcher import HBA, Server
+from pytest_penstock.postgres import HBA, Server
 
 PATIENCE = 20.0
 conforming: Adopts[psycopg.Connection[Any]] = psycopg3.driver

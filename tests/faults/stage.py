@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tests.contract.runtimes import Asyncio, Gevent, Threads, settled
 from tests.faults.proxy import ProxyProcess
 
-from penstock.launcher import Server
+from pytest_penstock.postgres import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable

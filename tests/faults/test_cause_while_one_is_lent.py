@@ -13,7 +13,7 @@ from tests.faults.stage import COMBINATIONS, Stage
 
 from penstock import PoolTimeout, ServerUnavailable
 from penstock._machine.slot import SlotState
-from penstock.launcher import HBA, Server
+from pytest_penstock.postgres import HBA, Server
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tests.forks import PATIENCE
 from penstock import AsyncConnectionPool, ConnectionPool, ServerUnavailable
 
 if TYPE_CHECKING:
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 ENDING = "select pg_terminate_backend(pg_backend_pid())"
 # The server's words alone: what libpq and asyncpg make of a session that is gone differs.

@@ -27,7 +27,7 @@ from penstock import (
     ServerUnavailable,
     TooManyRequests,
 )
-from penstock.launcher import Server
+from pytest_penstock.postgres import Server
 
 PASSWORD = "hunter2-and-more"
 WRONG = "wr0ng-s3cret"

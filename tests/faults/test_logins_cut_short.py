@@ -21,7 +21,7 @@ from tests.faults.stage import COMBINATIONS, Stage
 
 from penstock.drivers import Diagnosis, Recipe
 from penstock.errors import ServerUnavailable
-from penstock.launcher import Server, TlsUnavailable
+from pytest_penstock.postgres import Server, TlsUnavailable
 
 METHODS = tuple(STEPS)
 PASSWORD = "pw"

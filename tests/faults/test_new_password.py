@@ -8,7 +8,7 @@ import pytest
 from tests.wire import WireProxy
 
 from penstock import ConnectionPool, ServerUnavailable
-from penstock.launcher import HBA, Server
+from pytest_penstock.postgres import HBA, Server
 
 
 @pytest.fixture(scope="module")

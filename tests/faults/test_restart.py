@@ -17,7 +17,7 @@ from tests.forks import PATIENCE, until
 from tests.wire import WireProxy
 
 from penstock import ConnectionPool, PoolTimeout, ServerUnavailable
-from penstock.launcher import Server
+from pytest_penstock.postgres import Server
 
 _numbers = itertools.count()
 

@@ -15,13 +15,13 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from penstock.cli.bank_tables import create_bank
+from demo.bank_tables import create_bank
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from email.message import Message
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "bank"

@@ -24,7 +24,7 @@ from penstock.integrations.bottle import Penstock  # noqa: E402
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 MODES = ["request", "explicit", "autocommit"]
 TABLE = "create table note (tag text primary key, alone int unique deferrable initially deferred)"

@@ -17,7 +17,7 @@ from tests.forks import until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 pytest.importorskip("celery")
 

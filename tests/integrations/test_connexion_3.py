@@ -12,7 +12,7 @@ from tests.integrations.bank_checks import check_answers, check_refusals, check_
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 A2WSGI = "from a2wsgi import ASGIMiddleware\nfrom bank.asgi import application as asgi\n"
 A2WSGI += "application = ASGIMiddleware(asgi)\n"

@@ -17,14 +17,16 @@ from typing import Any
 
 import psycopg
 import pytest
+from demo import __main__ as command_line
+from demo import acts, bank_pools, bank_service, ledger, plan
+from demo.bank_tables import create_bank
+from demo.example import ROOT
+from demo.ledger import Findings, Transfer
+from demo.load import Outcome, Tally, Trouble
+from demo.verdict import NOTICE, Permit, complaints
+from demo.worker_report import WorkerReport
 
-from penstock.cli import acts, bank_pools, bank_service, command_line, ledger, plan
-from penstock.cli.bank_tables import create_bank
-from penstock.cli.ledger import Findings, Transfer
-from penstock.cli.load import Outcome, Tally, Trouble
-from penstock.cli.verdict import NOTICE, Permit, complaints
-from penstock.cli.worker_report import WorkerReport
-from penstock.launcher import Server
+from pytest_penstock.postgres import Server
 
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/cwd").exists(), reason="looks for processes in /proc"
@@ -32,7 +34,7 @@ needs_proc = pytest.mark.skipif(
 
 
 class DemoRun:
-    """`penstock demo` in a temporary folder and a process group of its own."""
+    """`make demo` in a temporary folder and a process group of its own."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.folder = folder
@@ -41,7 +43,8 @@ class DemoRun:
         self.account = folder.with_suffix(".json")
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "penstock", "demo", f"--json={self.account}", *arguments],
+                [sys.executable, "-m", "demo", f"--json={self.account}", *arguments],
+                cwd=ROOT,
                 env=os.environ | {"TMPDIR": str(folder), self.mark: "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -211,20 +214,6 @@ def test_the_command_line_offers_what_there_is() -> None:
     assert tuple(act.name for act in acts.ACTS) == command_line.ACTS
     assert tuple(bank_pools.KINDS) == command_line.POOLS
     assert tuple(bank_service.APPLICATIONS) == tuple(plan.SERVICES) == command_line.SERVICES
-
-
-def test_help_needs_nothing_and_a_command_names_the_extra() -> None:
-    without_click = "import sys; sys.modules['click'] = None; from penstock.cli import main; main()"
-    shown = subprocess.run(
-        [sys.executable, "-c", without_click, "--help"], capture_output=True, text=True, check=True
-    )
-    assert "demo" in shown.stdout
-    refused = subprocess.run(
-        [sys.executable, "-c", without_click, "demo"], capture_output=True, text=True, check=False
-    )
-    assert refused.returncode == 1
-    assert "penstock[demo]" in refused.stderr
-    assert "Traceback" not in refused.stderr
 
 
 # The ledger, on a real server.

@@ -20,7 +20,7 @@ from tests.forks import until
 from tests.integrations.bank_app import BankApp
 
 if TYPE_CHECKING:
-    from penstock.launcher import Server
+    from pytest_penstock.postgres import Server
 
 # The pool is used while the application is loaded: with --preload by the master, before it forks.
 SERVICES = {

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from demo.example import ROOT
 from tests.integrations.chromium import Chromium, find_chromium
 
 if TYPE_CHECKING:
@@ -35,14 +36,15 @@ ROWS = """[...document.querySelectorAll('{} tbody tr')].map(
 
 
 class Served:
-    """`penstock demo --serve` in a folder and a process group of its own."""
+    """`make demo ARGS=--serve` in a folder and a process group of its own."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.folder = folder
         self.mark = f"PENSTOCK_TEST_{secrets.token_hex(8)}"
-        command = [sys.executable, "-m", "penstock", "demo", "--serve", f"--workers={WORKERS}"]
+        command = [sys.executable, "-m", "demo", "--serve", f"--workers={WORKERS}"]
         self.process = subprocess.Popen(
             [*command, *arguments],
+            cwd=ROOT,
             env=os.environ | {"TMPDIR": str(folder), self.mark: "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

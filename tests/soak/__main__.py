@@ -24,11 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from demo.interruption import InterruptedBySignal, Interruption
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from penstock.cli.interruption import InterruptedBySignal, Interruption
 from tests.faults.stage import COMBINATIONS, ROOT
 from tests.faults.table import missing
 from tests.soak.faults import FAULTS

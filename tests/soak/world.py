@@ -21,7 +21,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from penstock import PoolClosed, PoolTimeout, ServerUnavailable, TooManyRequests
-from penstock.launcher import HBA, Server
+from pytest_penstock.postgres import HBA, Server
 from tests.faults.proxy import ProxyProcess
 from tests.soak.ledger import Journal
 from tests.soak.levels import descriptors

@@ -2,8 +2,9 @@
 
 * `FakeServer`, `FakeDriver`, `FakeClock`, ...: no database at all (`fakes.py`), and `AsyncFakeDriver`
   for asyncio (`async_fakes.py`);
-* `undone`: a pool on a real database, where nothing stays (`undone.py`);
-* ``pytest_plugins = ["penstock.testing.plugin"]``: both as fixtures, with a temporary PostgreSQL.
+* `penstock.testing.conformance`: the tests that a driver has to pass.
+
+Pools on a real database, where nothing stays, are in the distribution pytest-penstock.
 
 One job: the names. Importing it needs neither pytest nor a driver.
 """
@@ -27,7 +28,6 @@ from penstock.testing.fakes import (
     FakeServer,
     Mode,
 )
-from penstock.testing.undone import Undone, undone
 
 __all__ = [
     "AsyncFakeConnection",
@@ -45,6 +45,4 @@ __all__ = [
     "FakeOperationalError",
     "FakeServer",
     "Mode",
-    "Undone",
-    "undone",
 ]

@@ -16,7 +16,7 @@ import psycopg
 from tests.faults.stage import now
 
 from penstock import ServerUnavailable
-from penstock.launcher import HBA, TlsUnavailable
+from pytest_penstock.postgres import HBA, TlsUnavailable
 
 TITLE = "cannot connect: what cannot heal, and what can"
 HEALS_AFTER = 0.7

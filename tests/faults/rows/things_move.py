@@ -18,7 +18,7 @@ from tests.faults.clocks import AHEAD
 from tests.faults.stage import now
 
 from penstock import PenstockError
-from penstock.launcher import HBA, TlsUnavailable
+from pytest_penstock.postgres import HBA, TlsUnavailable
 
 TITLE = "address, password, certificates, clocks change; cannot connect now; suspend and resume"
 STOPPED = 1.5

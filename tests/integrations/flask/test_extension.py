@@ -7,7 +7,7 @@ from tests.forks import until
 
 from penstock import ConfigError, MisuseError, PoolTimeout
 from penstock.integrations.flask import Penstock
-from penstock.testing.undone import undone
+from pytest_penstock.undone import undone
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ class Upkeep:
     def _open_by(self, opener: Opener) -> Opener:
         """Have connections opened by another opener from now on, and those that are replaced.
 
-        A seam for `penstock.testing.undone`: the pool keeps its machine, its leases and its errors,
+        A seam for `pytest_penstock.undone`: the pool keeps its machine, its leases and its errors,
         and only what it opens is something else. First the opener, then the drain: what was opened
         before is of an older generation, and never lent. Returns the former opener.
         """
