@@ -19,6 +19,7 @@ import statistics
 import time
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -92,9 +93,9 @@ def in_threads(dsn: str, closing: ExitStack) -> Iterator[Way]:
         )
         peer.wait()
         alone = closing.enter_context(psycopg.connect(dsn, autocommit=autocommit))
-        yield Way(group, "penstock", lambda pool=pool: block(pool))
-        yield Way(group, "psycopg_pool", lambda peer=peer: block(peer))
-        yield Way(group, "psycopg alone", lambda conn=alone: bare(conn))
+        yield Way(group, "penstock", partial(block, pool))
+        yield Way(group, "psycopg_pool", partial(block, peer))
+        yield Way(group, "psycopg alone", partial(bare, alone))
     yield Way("threads, autocommit", "penstock execute", lambda: pool.execute(QUERY).fetchone())
     yield from over_psycopg2(dsn, closing)
     yield from flasks(dsn, closing)
@@ -150,7 +151,7 @@ def flasks(dsn: str, closing: ExitStack) -> Iterator[Way]:
         nothing = get(flask_app(lambda _app: lambda: None))
         yield Way(group, "nothing asked", nothing)
         for name, make in (
-            ("penstock", extension_of(dsn, autocommit=autocommit)),
+            ("penstock", extension_of(dsn, closing, autocommit=autocommit)),
             ("penstock by hand", by_hand(dsn, closing, autocommit=autocommit)),
             ("psycopg_pool in g", in_g(dsn, closing, autocommit=autocommit)),
         ):
@@ -180,11 +181,14 @@ def get(app: flask.Flask) -> Callable[[], None]:
     return once
 
 
-def extension_of(dsn: str, *, autocommit: bool) -> Callable[[flask.Flask], Callable[[], object]]:
+def extension_of(
+    dsn: str, closing: ExitStack, *, autocommit: bool
+) -> Callable[[flask.Flask], Callable[[], object]]:
     def make(app: flask.Flask) -> Callable[[], object]:
         app.config["PENSTOCK_DATABASE_URI"] = dsn
         app.config["PENSTOCK_TRANSACTIONS"] = "autocommit" if autocommit else "request"
         db = Flask(app)
+        closing.callback(app.extensions["penstock"].close)
         return lambda: db.execute(QUERY).fetchone()
 
     return make
@@ -239,9 +243,9 @@ async def on_a_loop(dsn: str, closing: AsyncExitStack) -> list[Way]:
         alone = await psycopg.AsyncConnection.connect(dsn, autocommit=autocommit)
         closing.push_async_callback(alone.close)
         ways += [
-            Way(group, "penstock", lambda pool=pool: async_block(pool)),
-            Way(group, "psycopg_pool", lambda peer=peer: async_block(peer)),
-            Way(group, "psycopg alone", lambda conn=alone: async_bare(conn)),
+            Way(group, "penstock", partial(async_block, pool)),
+            Way(group, "psycopg_pool", partial(async_block, peer)),
+            Way(group, "psycopg alone", partial(async_bare, alone)),
         ]
     ways.append(Way("asyncio, autocommit", "penstock execute", lambda: pool.execute(QUERY)))
     ways += await over_asyncpg(dsn, closing)
@@ -397,7 +401,8 @@ def main() -> None:
     heading("one statement in a block, us of CPU time of the thread", around)
     rows = [
         [group if name == next(iter(each)) else "", name, f"{one['minimum']:,.1f}",
-         f"{one['median']:,.1f}", f"{each['penstock']['median'] / one['median']:.2f}"]
+         f"{one['median']:,.1f}",
+         "" if name == "nothing asked" else f"{each['penstock']['median'] / one['median']:.2f}"]
         for group, each in figures.items()
         for name, one in each.items()
     ]  # fmt: skip

@@ -267,7 +267,7 @@ class _Work:
         streamed = Streamed(body, self)
         loan = self._loans.get(_KEY)
         if loan is not None:
-            loan.streams.add(streamed)  # a cursor that the body reads from survives `commit`
+            loan.keep_for(streamed)  # a cursor that the body reads from survives `commit`
         return streamed
 
     def note_status(self, status: int) -> None:

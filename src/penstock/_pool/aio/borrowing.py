@@ -27,7 +27,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from penstock._machine.machine import Phase, Verdict, Waiter
+from penstock._machine.machine import LOOK_AGAIN, SLOWLY, Phase, Verdict, Waiter
 from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Reason, Slot, SlotState
 from penstock._pool.aio.executor import AsyncUpkeep
@@ -99,6 +99,7 @@ class AsyncBorrowing(AsyncUpkeep):
 
     _driver: Any
     _entering: Entering
+    _plain: bool  # no option asks for more than a rollback at the return
     _timeout: float
 
     # -- a borrow that finds nothing idle ---------------------------------------------------------
@@ -395,6 +396,8 @@ class AsyncBorrowing(AsyncUpkeep):
         try:
             if error is None:
                 failure = await self._commit(place[0].link)
+                if failure is None and self._plain and self._put(place):
+                    return
             self._see_what_is_outdated(place[0], error or failure)
             if not _may_wait(error) and not self._is_at_rest(place[0]):
                 self._finish_later(place)
@@ -409,6 +412,21 @@ class AsyncBorrowing(AsyncUpkeep):
                 raise failure
             finally:
                 del failure  # it holds this frame, and this frame held it
+
+    def _put(self, place: list[Slot]) -> bool:
+        """The usual end: it is committed and clean, and goes back without a word more, or not at all."""
+        if not place[0].link.park():
+            return False
+        slot = place.pop()  # after the put it is perhaps somebody else's
+        try:
+            answer = self._machine.put(slot)
+            if answer == SLOWLY:
+                place.append(slot)
+        finally:
+            del slot
+        if answer == LOOK_AGAIN:
+            self._look_again()
+        return answer != SLOWLY
 
     def _is_at_rest(self, slot: Slot) -> bool:
         """Whether nothing need be waited for before others may have it."""

@@ -22,7 +22,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from penstock._machine.machine import Phase, Verdict, Waiter
+from penstock._machine.machine import LOOK_AGAIN, SLOWLY, Phase, Verdict, Waiter
 from penstock._machine.policy import retry_delay
 from penstock._machine.slot import Reason, Slot, SlotState
 from penstock._pool.procedures import (
@@ -68,6 +68,7 @@ class Borrowing(Upkeep):
     _driver: Any
     _entering: Entering
     _dedicated: dict[int, Any]
+    _plain: bool  # no option asks for more than a rollback at the return
 
     # -- a borrow that finds nothing idle ---------------------------------------------------------
 
@@ -387,6 +388,9 @@ class Borrowing(Upkeep):
         try:
             if error is None:
                 failure = self._commit(slot.link)
+                if failure is None and self._plain and self._put(slot):
+                    slot = None  # type: ignore[assignment]  # somebody else's by now
+                    return
             # By a Timeout of gevent's, an interrupt: nobody forgot anything.
             cut_short = error is not None and not isinstance(error, Exception)
             self._see_what_is_outdated(slot, error or failure)
@@ -405,6 +409,18 @@ class Borrowing(Upkeep):
                 raise failure
             finally:
                 del failure  # it holds this frame, and this frame held it
+
+    def _put(self, slot: Slot) -> bool:
+        """The usual end: it is committed and clean, and goes back without a word more, or not at all."""
+        try:
+            if not slot.link.park():
+                return False
+            answer = self._machine.put(slot)
+        finally:
+            del slot  # perhaps somebody else's by now
+        if answer == LOOK_AGAIN:
+            self._look_again()
+        return answer != SLOWLY
 
     def _see_what_is_outdated(self, slot: Slot, error: BaseException | None) -> None:
         """If a migration has made what is remembered for this session outdated, it has for others, too."""
@@ -439,8 +455,7 @@ class Borrowing(Upkeep):
         activity = link.activity()
         if activity is Activity.IDLE or activity is Activity.ACTIVE:  # a set would hash them
             return None
-        link.park()  # a plain lease has parked it already, a careful one has not
-        link.lend()
+        link.lend()  # a plain lease has parked it already, a careful one has not
         try:
             link.commit()
         except Exception as error:  # noqa: BLE001  raised by the caller once the slot is back

@@ -78,6 +78,7 @@ class Loan:
         "__weakref__",
         "_equipped",
         "_equipping",
+        "_has_pgconn",
         "_in_transaction",
         "_lease",
         "_over",
@@ -91,21 +92,50 @@ class Loan:
         self, pool: ConnectionPool[Any], *, autocommit: bool, place: tuple[str, int] | None = None
     ) -> None:
         self.name = pool.name
-        self.streams: WeakSet[Any] = WeakSet()
+        self.streams: WeakSet[Any] | tuple[()] = ()  # made for the first one
         self._pid = os.getpid()
         self._over = False
         self._equipped = False
         self._equipping = False
         self._in_transaction = False
-        # None leaves it to the pool, which may be in autocommit by itself.
-        self._lease = pool.connection(autocommit=True if autocommit else None)
+        # None leaves it to the pool, which may be in autocommit by itself. A lease with an option costs
+        # twice as much as one without, and does nothing more on a pool that asks for nothing more.
+        plain = pool._plain  # noqa: SLF001
+        self._lease = pool.connection(autocommit=True if autocommit and not plain else None)
         self.conn: Any = self._lease.__enter__()
+        self._has_pgconn = hasattr(self.conn, "pgconn")
+        if autocommit and plain:
+            self._set_autocommit()
         note_place(self._lease, place or place_of_caller())
+
+    def _set_autocommit(self) -> None:
+        slot = getattr(self._lease, "_slot", None)
+        try:
+            if slot is not None and not self.conn.autocommit:
+                slot.link.set_autocommit(True)
+        except BaseException as error:
+            slot = None  # this frame is kept by the error
+            self._lease.__exit__(type(error), error, None)
+            raise
+
+    def keep_for(self, stream: object) -> None:
+        """A response body wants it after the request."""
+        if not isinstance(self.streams, WeakSet):
+            self.streams = WeakSet()
+        self.streams.add(stream)
+
+    def keeps_for(self, stream: object) -> bool:
+        """A response body wants it no longer; whether others do."""
+        if isinstance(self.streams, WeakSet):
+            self.streams.discard(stream)
+        return bool(self.streams)
 
     def status(self) -> int:
         """What the session is doing, without asking the server."""
         if self._over or self._pid != os.getpid():  # after a fork the session is the parent's
             return UNKNOWN
+        if self._has_pgconn:  # psycopg's `info` makes an object each time
+            return int(self.conn.pgconn.transaction_status)
         return int(self.conn.info.transaction_status)
 
     def is_spent(self) -> bool:
@@ -174,29 +204,30 @@ class Loan:
         """Whether the transaction that is open has anything to commit. One round trip."""
         return self._ask_wrote(_WROTE)
 
-    def give_back(self, error: BaseException | None) -> bool:
+    def give_back(self, error: BaseException | None, status: int | None = None) -> bool:
         """End it: roll back what is open, and return the connection. Does nothing the second time.
 
         Args:
             error: what ended the unit of work, or None.
+            status: what `status()` says, where that was asked already.
 
         Returns:
             Whether work was lost that no error tells about.
         """
         if self._over:
             return False
-        lost = error is None and self._roll_back_asking()
-        clean = self.status() == IDLE
+        status, lost = self.status() if status is None else status, False
+        if status == IN_TRANSACTION and error is None:
+            lost = self._roll_back_asking()
+            status = self.status()
         if self._over:  # another thread of the unit has, meanwhile
             return False
         self._over = True
-        cause = None if clean else GivenBack() if error is None else error
+        cause = None if status == IDLE else GivenBack() if error is None else error
         self._lease.__exit__(type(cause) if cause else None, cause, None)
         return lost
 
     def _roll_back_asking(self) -> bool:
-        if self.status() != IN_TRANSACTION:
-            return False
         if not _log.isEnabledFor(logging.WARNING):
             return False
         # In one message: as dear as the rollback alone. psycopg2 shows the last answer only; its
@@ -224,15 +255,19 @@ class Loans:
         refused: it ended with an error that somebody was told of.
     """
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, where: str | Callable[[], str]) -> None:
+        self._where = where
         self.answered = ""
         self.refused = False
         # A unit waits for a connection while it has this: on gevent it is a lock that lets others run.
         self._lock: Any = threading.RLock() if runtime.is_green() else Lock()
         self._open: dict[str, Loan] = {}
         # Those that only their stream keeps, after the request.
-        self._streamed: WeakValueDictionary[str, Loan] = WeakValueDictionary()
+        self._streamed: WeakValueDictionary[str, Loan] | dict[str, Loan] = {}  # made for the first
+
+    @property
+    def where(self) -> str:
+        return self._where if isinstance(self._where, str) else self._where()
 
     def borrow(
         self,
@@ -303,14 +338,14 @@ class Loans:
                 next_step="read or close it first, or answer with a stream of it",
             )
         elif status == IN_TRANSACTION and not (loan.streams and not loan.has_written()):
-            loan.commit()
+            loan.conn.commit()
         elif status == UNKNOWN and not loan.is_spent():
             loan.commit()  # raises: the session was lost with its transaction
 
     def drop_streams(self) -> None:
         """No stream was answered: whatever was made for one is not kept."""
         for loan in list(self._open.values()):
-            loan.streams.clear()
+            loan.streams = ()
 
     def close_streams(self) -> None:
         """A stream was answered, and nobody will read or close it."""
@@ -334,6 +369,8 @@ class Loans:
             if loan is None:
                 continue
             if error is None and loan.streams:
+                if not self._streamed:
+                    self._streamed = WeakValueDictionary()
                 self._streamed[key] = loan
             else:
                 self._give_back(loan, error)
@@ -341,16 +378,17 @@ class Loans:
     def end_stream(self, key: str, loan: Loan, stream: object, error: BaseException | None) -> None:
         """A stream has ended: give back what only it has kept."""
         with self._lock:
-            loan.streams.discard(stream)
-            if loan.streams or self._open.get(key) is loan:
+            if loan.keeps_for(stream) or self._open.get(key) is loan:
                 return
             self._streamed.pop(key, None)
         self._give_back(loan, error)
 
     def _give_back(self, loan: Loan, error: BaseException | None) -> None:
-        failed = loan.status() == FAILED and error is None and not self.refused
+        status = loan.status()
         try:
-            if loan.give_back(error) or failed:
+            if loan.give_back(error, status) or (
+                status == FAILED and error is None and not self.refused
+            ):
                 self._warn(loan, "nobody committed it")
         except Exception:  # noqa: BLE001  the others must come back, too
             # This one does by itself, once nobody holds it.

@@ -21,11 +21,11 @@ No lock of its own: a fork could leave one locked. Finding a unit's `Loans` is o
 from __future__ import annotations
 
 import logging
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
-from flask import Flask, Response, current_app, has_app_context, has_request_context, request
+from flask import Flask, Response, current_app, has_request_context, request
 from flask import globals as flask_globals
 from werkzeug.exceptions import ServiceUnavailable
 from werkzeug.wrappers import Response as AnyResponse
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     import psycopg
+    from flask import Request
     from psycopg.rows import TupleRow
 
     from penstock._pool.reporter import Health
@@ -52,6 +53,7 @@ HookT = TypeVar("HookT", bound="Callable[[Any], object]")
 
 _log = logging.getLogger("penstock.flask")
 EXTENSION = "penstock"
+_APP_CONTEXT: Any = flask_globals.app_ctx
 
 
 class Rows(Protocol):
@@ -201,17 +203,19 @@ class Database(Generic[ConnT]):
         )
 
     def _app_pools(self) -> AppPools:
-        if not has_app_context():
+        try:
+            app = _APP_CONTEXT._get_current_object().app  # noqa: SLF001  as `_behind`
+        except RuntimeError:  # werkzeug's word for it
             raise MisuseError(
                 "a database was asked for outside of a Flask app context",
                 next_step="work in a view or a command, or inside `with app.app_context():`; a "
                 "thread of its own borrows from app.extensions['penstock'].pools['default']",
-            )
-        found = current_app.extensions.get(EXTENSION)
+            ) from None
+        found = app.extensions.get(EXTENSION)
         if not isinstance(found, AppPools) or found.extension is not self._extension:
             why = "was initialised by another Penstock object" if found else "was not initialised"
             raise MisuseError(
-                f"the app {current_app.name!r} {why}",
+                f"the app {app.name!r} {why}",
                 next_step="call init_app(app) of the Penstock object that you use, once",
             )
         return found
@@ -323,17 +327,18 @@ class AppPools:
         unit = _current_unit()
         found = self._loans.get(unit)
         if found is None:  # of two threads that get here together, both use the first one's
-            found = self._loans.setdefault(unit, Loans(_name_of_unit(self._app_name)))
+            found = self._loans.setdefault(unit, Loans(_name_of_unit(unit, self._app_name)))
         return found
 
     def answered(self, response: AnyResponse) -> None:
         """The current request has its response: commit, if that is what the app wants."""
-        loans = self._loans.get(_current_unit())
+        unit = _current_unit()
+        loans = self._loans.get(unit)
         if loans is None:
             return
         loans.answered = f" answered {response.status_code}"
         loans.refused = response.status_code >= 400
-        if _is_without_body(response):
+        if _is_without_body(response, unit):
             loans.close_streams()
         elif response.is_sequence:
             loans.drop_streams()
@@ -352,7 +357,7 @@ class AppPools:
 
 def _current_unit() -> Any:
     """The request's context if it is of the current app, else the app's."""
-    app_context = _behind(flask_globals.app_ctx)
+    app_context = _APP_CONTEXT._get_current_object()  # noqa: SLF001  as `_behind`
     if has_request_context():
         # Where there is no such name (Flask to come), the app's context is the request's, too.
         request_context = _behind(vars(flask_globals).get("request_ctx", flask_globals.app_ctx))
@@ -367,26 +372,34 @@ def _contexts() -> list[Any]:
     return contexts[: 1 + (contexts[0] is not contexts[1])]
 
 
-def _is_without_body(response: AnyResponse) -> bool:
+def _is_without_body(response: AnyResponse, unit: Any) -> bool:
     """Whether werkzeug sends the headers alone: then it neither iterates nor closes the body."""
     status = response.status_code
-    return request.method == "HEAD" or status < 200 or status in {204, 304}
+    asked = getattr(unit, "request", None) or request
+    return asked.method == "HEAD" or status < 200 or status in {204, 304}
 
 
 def _behind(proxy: Any) -> Any:
     return proxy._get_current_object()  # noqa: SLF001  werkzeug's documented name
 
 
-def _name_of_unit(app_name: str) -> str:
+def _name_of_unit(unit: Any, app_name: str) -> str | Callable[[], str]:
+    asked = getattr(unit, "request", None)
+    if asked is not None:
+        return partial(
+            _name_of_request, asked
+        )  # it is seldom wanted; not of the unit: it would stay
     import click  # noqa: PLC0415  it comes with Flask
 
-    if has_request_context():
-        route = "no route" if request.url_rule is None else request.url_rule.rule
-        return f"{request.method} {route} (endpoint {request.endpoint!r})"
     command = click.get_current_context(silent=True)
     if command is not None and command.info_name:
         return f"command {command.info_name!r}"
     return f"an app context of {app_name!r}"
+
+
+def _name_of_request(asked: Request) -> str:
+    route = "no route" if asked.url_rule is None else asked.url_rule.rule
+    return f"{asked.method} {route} (endpoint {asked.endpoint!r})"
 
 
 def _extend(app: Flask, app_pools: AppPools) -> None:

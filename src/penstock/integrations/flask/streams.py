@@ -46,7 +46,7 @@ class Streamed:
         self._loans = loans
         self._key = key
         self._loan: Loan | None = loan
-        loan.streams.add(self)
+        loan.keep_for(self)
 
     def __iter__(self) -> Self:
         return self
