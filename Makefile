@@ -22,7 +22,7 @@ demo: $(VENV)/demo.stamp  ## the main job, on a real PostgreSQL (found, or insta
 	$(PY) -m demo $(ARGS)
 
 test: $(VENV)/test.stamp  ## every test; most wait for servers, so that three at a time take half as long on two processors
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --max-worker-restart=0 $(ARGS)
 
 lint: $(VENV)/lint.stamp  ## style and types
 	$(VENV)/bin/ruff check .

@@ -6,6 +6,7 @@ no driver, because tests/machine runs where none is installed. It holds no lock.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -61,6 +62,17 @@ def no_server_left_behind() -> Iterator[None]:
     while (left := supervisors_of(os.getpid())) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left, f"a test closed its server too late or never; supervisors left: {left}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def handlers_as_before() -> Iterator[None]:
+    """What a framework puts on the root logger goes with the module that made it.
+
+    A handler with a queue has a lock that an interrupt can leave held: a test of interrupts hung at it.
+    """
+    before = list(logging.root.handlers)
+    yield
+    logging.root.handlers[:] = [each for each in logging.root.handlers if each in before]
 
 
 def supervisors_of(parent: int) -> list[int]:

@@ -223,7 +223,7 @@ def test_a_stopped_server_is_named_as_the_cause(fresh_server, caplog):
         fresh_server.stop()
         all_heard(pool, 2)
         with pytest.raises(ServerUnavailable, match=r"cannot open a connection") as caught:
-            ask(pool, timeout=0.5)
+            ask(pool, timeout=2.0)  # what is the matter is asked in that time
         assert isinstance(caught.value, psycopg.OperationalError)
         assert isinstance(caught.value.__cause__, psycopg.OperationalError)
         assert "refused" in str(caught.value)

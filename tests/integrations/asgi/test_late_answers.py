@@ -323,7 +323,10 @@ async def test_litestars_streams_keep_their_cursor(compresses, spec, shop):
             return Stream(rows(shop, await shop.db.connection()))
 
         compression = CompressionConfig(backend="gzip", minimum_size=1) if compresses else None
-        app = Litestar([view], compression_config=compression, openapi_config=None)
+        # Without a logging_config it would leave a handler with a queue, and a thread, to all later tests.
+        app = Litestar(
+            [view], compression_config=compression, openapi_config=None, logging_config=None
+        )
         assert await answer(shop.db.middleware(app), spec) == (200, "12345")
         assert shop.in_use() == 0
         assert shop.warnings() == []

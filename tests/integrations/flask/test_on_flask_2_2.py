@@ -42,7 +42,7 @@ def test_every_test_of_this_folder_passes_on_flask_2_2(python, server):
         *(python, "-W", "default", "-m", "pytest", HERE, "-q"),
         # Warnings are errors in this project, but Werkzeug 2.2 causes some on a Python that is newer.
         *("-p", "no:cacheprovider", "-W", "default", "--ignore", __file__),
-        PYTHONPATH=str(ROOT / "src"),
+        PYTHONPATH=os.pathsep.join((str(ROOT / "src"), str(ROOT / "pytest-penstock/src"))),
         PENSTOCK_PG_BIN=str(server.binaries.path),
     )
     assert done.returncode == 0, done.stdout[-8000:]
