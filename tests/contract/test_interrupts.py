@@ -705,7 +705,7 @@ class PoolThatForgetsOrphans(ConnectionPool):
     ("kind", "act", "fault"),
     [
         (PoolWithAGuardThatPutsBack, Borrow, "lent twice"),
-        (PoolThatTakesItsLockBeforeTheTry, BorrowAndCommit, "the pool's lock is held"),
+        (PoolThatTakesItsLockBeforeTheTry, BorrowAndFail, "the pool's lock is held"),
         (PoolThatLooksOnlyOnce, GiveToOne, "a waiter was forgotten"),
         (PoolThatForgetsOrphans, Borrow, "not everything came home"),
     ],
