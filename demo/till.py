@@ -20,6 +20,7 @@ from flask import g, has_request_context, request
 from demo.bank_pools import flask_app
 from demo.worker_report import Held
 from penstock._pool.reporter import holder_report
+from penstock._process.stacks import is_plumbing
 from penstock.errors.figures import Hold
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ class Till:
 def _of_the_bank(top: FrameType) -> FrameType:
     """The innermost frame that is not the demo's own: what the till does is not what the bank does."""
     frame: FrameType | None = top
-    while frame is not None and str(frame.f_globals.get("__name__")).startswith("demo."):
+    while frame is not None and (
+        is_plumbing(frame) or str(frame.f_globals.get("__name__")).startswith("demo.")
+    ):
         frame = frame.f_back
     return frame or top
 
