@@ -70,6 +70,7 @@ class StandIn:
                 next_step="run these tests on Linux or macOS",
             )
         self._handle = handle
+        self._pid: int = handle.backend_pid  # a client may begin while this is closed
         self._seconds = seconds
         self._owner_of = owner_of
         self._describe = describe
@@ -186,7 +187,7 @@ class StandIn:
         told = {**self._parameters, NUMBER.encode(): b"%d" % number}
         self._dialogs[number], self._secrets[secret] = dialog, number
         try:
-            dialog.send(say.welcome(told, self._handle.backend_pid, secret))
+            dialog.send(say.welcome(told, self._pid, secret))
             dialog.run()
         except Hangup:
             dialog.close()
