@@ -33,6 +33,7 @@ lint: $(VENV)/lint.stamp  ## style and types
 bench: $(VENV)/bench.stamp  ## speed, as ratios against peers in the same run
 	$(PY) bench/hot_path.py $(ARGS)
 	$(PY) bench/async_hot_path.py
+	$(PY) bench/usual.py
 	$(PY) bench/guards.py
 	$(PY) bench/round_trips.py
 	$(PY) bench/contention.py
