@@ -10,7 +10,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from penstock import ConnectionPool
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -68,3 +73,31 @@ def test_each_guard_of_the_hot_path_is_found_and_can_be_taken_out_of_it(tmp_path
             # Some are saved, so it is out; and never the greater part, so the rest still does its work.
             least = 0 if name.startswith("interrupts") else 2  # a `try` costs none on 3.13
             assert least <= one["instructions"] < whole / 4
+
+
+def test_what_people_do_is_measured_beside_peers_and_the_bare_driver(tmp_path):
+    figures, printed = run("usual.py", tmp_path, "--rounds", "1")
+    assert all(one["median"] > 0 for each in figures.values() for one in each.values())
+    assert printed.count("\nPASS  ") + printed.count("\nmiss  ") == 14
+
+
+def test_a_return_that_commits_is_nearly_as_short_as_an_empty_one(server):
+    """Functions of penstock's that are entered after the block, the commit's own among them."""
+    with ConnectionPool(server.conninfo(), name="bench") as pool:
+        for _ in range(2):
+            entered: list[str] = []
+
+            def seen(frame: FrameType, event: str, _arg: object, entered=entered) -> None:
+                if event == "call" and "penstock" in frame.f_code.co_filename:
+                    entered.append(frame.f_code.co_qualname)
+
+            lease = pool.connection()
+            conn = lease.__enter__()
+            conn.execute("select 1")
+            sys.setprofile(seen)
+            try:
+                lease.__exit__(None, None, None)
+            finally:
+                sys.setprofile(None)
+    assert entered[-1] == "Machine.put"
+    assert len(entered) <= 15, entered
