@@ -92,6 +92,8 @@ class Psycopg2Link:
         odd_types: true when types are registered that were not when it was new.
     """
 
+    held = False  # psycopg2 keeps no lock that an interrupt in Python could leave held
+
     __slots__ = (
         "_inherited",
         "_inode",

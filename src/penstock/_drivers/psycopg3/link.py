@@ -178,7 +178,8 @@ class PgconnLink:
     @property
     def held(self) -> bool:
         """Whether psycopg's own lock is: by somebody in a call, or for ever, by one who was struck at its end."""
-        return bool(self.real.lock.locked())
+        locked: bool = self.attributes["lock"].locked()
+        return locked
 
     def activity(self) -> Activity:
         """What the session is doing, also while parked."""
