@@ -77,7 +77,7 @@ def test_each_guard_of_the_hot_path_is_found_and_can_be_taken_out_of_it(tmp_path
 
 def test_what_people_do_is_measured_beside_peers_and_the_bare_driver(tmp_path):
     figures, printed = run("usual.py", tmp_path, "--rounds", "1")
-    assert all(one["median"] > 0 for each in figures.values() for one in each.values())
+    assert all("penstock" in each and len(each) >= 3 for each in figures.values())
     assert printed.count("\nPASS  ") + printed.count("\nmiss  ") == 14
 
 
