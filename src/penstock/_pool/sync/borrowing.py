@@ -455,8 +455,7 @@ class Borrowing(Upkeep):
         activity = link.activity()
         if activity is Activity.IDLE or activity is Activity.ACTIVE:  # a set would hash them
             return None
-        link.park()  # a plain lease has parked it already, a careful one has not
-        link.lend()
+        link.lend()  # the lease has parked it
         try:
             link.commit()
         except Exception as error:  # noqa: BLE001  raised by the caller once the slot is back

@@ -363,6 +363,8 @@ class CarefulLease(Lease[ConnT]):
             return
         self._slot = None
         try:
+            if exc_type is None:
+                slot.link.park()  # as a plain lease does
             self._pool._give_back(slot, error)
             slot = None
         except BaseException:
