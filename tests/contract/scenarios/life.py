@@ -255,7 +255,7 @@ async def long_down(w, pool):
 
     w.server.mode = Mode.DOWN
     with pytest.raises(ServerUnavailable):
-        await pool.getconn(timeout=0.1)
+        await pool.getconn(timeout=0.5)  # on a loaded machine an attempt takes its time to fail
     await w.until(lambda: pool._machine.outage is not None and pool.stats().opening == 0)
     outage = pool._machine.outage
     outage.since, outage.failures = clock() - 3600.0, 100
