@@ -204,19 +204,18 @@ class Loan:
         """Whether the transaction that is open has anything to commit. One round trip."""
         return self._ask_wrote(_WROTE)
 
-    def give_back(self, error: BaseException | None, status: int | None = None) -> bool:
+    def give_back(self, error: BaseException | None) -> bool:
         """End it: roll back what is open, and return the connection. Does nothing the second time.
 
         Args:
             error: what ended the unit of work, or None.
-            status: what `status()` says, where that was asked already.
 
         Returns:
             Whether work was lost that no error tells about.
         """
         if self._over:
             return False
-        status, lost = self.status() if status is None else status, False
+        status, lost = self.status(), False
         if status == IN_TRANSACTION and error is None:
             lost = self._roll_back_asking()
             status = self.status()
@@ -384,11 +383,9 @@ class Loans:
         self._give_back(loan, error)
 
     def _give_back(self, loan: Loan, error: BaseException | None) -> None:
-        status = loan.status()
+        failed = error is None and not self.refused and loan.status() == FAILED
         try:
-            if loan.give_back(error, status) or (
-                status == FAILED and error is None and not self.refused
-            ):
+            if loan.give_back(error) or failed:
                 self._warn(loan, "nobody committed it")
         except Exception:  # noqa: BLE001  the others must come back, too
             # This one does by itself, once nobody holds it.

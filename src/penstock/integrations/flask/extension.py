@@ -53,7 +53,6 @@ HookT = TypeVar("HookT", bound="Callable[[Any], object]")
 
 _log = logging.getLogger("penstock.flask")
 EXTENSION = "penstock"
-_APP_CONTEXT: Any = flask_globals.app_ctx
 
 
 class Rows(Protocol):
@@ -204,7 +203,7 @@ class Database(Generic[ConnT]):
 
     def _app_pools(self) -> AppPools:
         try:
-            app = _APP_CONTEXT._get_current_object().app  # noqa: SLF001  as `_behind`
+            app = _behind(flask_globals.app_ctx).app
         except RuntimeError:  # werkzeug's word for it
             raise MisuseError(
                 "a database was asked for outside of a Flask app context",
@@ -327,18 +326,17 @@ class AppPools:
         unit = _current_unit()
         found = self._loans.get(unit)
         if found is None:  # of two threads that get here together, both use the first one's
-            found = self._loans.setdefault(unit, Loans(_name_of_unit(unit, self._app_name)))
+            found = self._loans.setdefault(unit, Loans(_name_of_unit(self._app_name)))
         return found
 
     def answered(self, response: AnyResponse) -> None:
         """The current request has its response: commit, if that is what the app wants."""
-        unit = _current_unit()
-        loans = self._loans.get(unit)
+        loans = self._loans.get(_current_unit())
         if loans is None:
             return
         loans.answered = f" answered {response.status_code}"
         loans.refused = response.status_code >= 400
-        if _is_without_body(response, unit):
+        if _is_without_body(response):
             loans.close_streams()
         elif response.is_sequence:
             loans.drop_streams()
@@ -357,7 +355,7 @@ class AppPools:
 
 def _current_unit() -> Any:
     """The request's context if it is of the current app, else the app's."""
-    app_context = _APP_CONTEXT._get_current_object()  # noqa: SLF001  as `_behind`
+    app_context = _behind(flask_globals.app_ctx)
     if has_request_context():
         # Where there is no such name (Flask to come), the app's context is the request's, too.
         request_context = _behind(vars(flask_globals).get("request_ctx", flask_globals.app_ctx))
@@ -372,25 +370,21 @@ def _contexts() -> list[Any]:
     return contexts[: 1 + (contexts[0] is not contexts[1])]
 
 
-def _is_without_body(response: AnyResponse, unit: Any) -> bool:
+def _is_without_body(response: AnyResponse) -> bool:
     """Whether werkzeug sends the headers alone: then it neither iterates nor closes the body."""
     status = response.status_code
-    asked = getattr(unit, "request", None) or request
-    return asked.method == "HEAD" or status < 200 or status in {204, 304}
+    return request.method == "HEAD" or status < 200 or status in {204, 304}
 
 
 def _behind(proxy: Any) -> Any:
     return proxy._get_current_object()  # noqa: SLF001  werkzeug's documented name
 
 
-def _name_of_unit(unit: Any, app_name: str) -> str | Callable[[], str]:
-    asked = getattr(unit, "request", None)
-    if asked is not None:
-        return partial(
-            _name_of_request, asked
-        )  # it is seldom wanted; not of the unit: it would stay
+def _name_of_unit(app_name: str) -> str | Callable[[], str]:
     import click  # noqa: PLC0415  it comes with Flask
 
+    if has_request_context():  # written when it is wanted, which is seldom
+        return partial(_name_of_request, _behind(request))
     command = click.get_current_context(silent=True)
     if command is not None and command.info_name:
         return f"command {command.info_name!r}"
