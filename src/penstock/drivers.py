@@ -12,7 +12,7 @@ Hand an object that has these methods to a pool::
 `penstock.testing.conformance` holds the tests that a driver has to pass; docs/drivers.md explains both.
 
 It must not know: slots, leases, waiters, limits, generations, any library. A link keeps no state between
-calls but its own. A driver takes no lock: whoever calls owns the link (docs/design.md).
+calls but its own. A driver takes no lock: its caller owns the link (docs/design.md).
 
 Times are seconds left, as floats; a driver turns them into deadlines of its own. `None` is "no limit".
 """

@@ -1,6 +1,6 @@
 """pytest fixtures: a temporary PostgreSQL, and pools in which nothing stays.
 
-Nothing happens unless a ``conftest.py`` says ``pytest_plugins = ["pytest_penstock.plugin"]``.
+pytest finds it where pytest-penstock is installed. Nothing happens unless a test asks for a fixture.
 
 One job: fixtures that begin things and end them. What `undone` means is told in `undone.py`.
 

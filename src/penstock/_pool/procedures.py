@@ -1,4 +1,4 @@
-"""What both runtimes do alike: their constants, and what is told of a connection that comes back.
+"""What both runtimes do alike: their constants, and the plain functions that neither waits in.
 
 One job: plain functions and numbers that stand once for threads, gevent and asyncio. It must not know: how
 to wait, locks, tasks. No lock: nothing is kept.

@@ -245,6 +245,13 @@ class Reporter:
         """The program did something that cannot be right."""
         return self._make(MisuseError, what=what, next_step=next_step)
 
+    def not_lent(self) -> PenstockError:
+        """putconn() got what getconn() has not lent, or what was given back already."""
+        return self.misuse(
+            "putconn() got a connection that is not lent by getconn() of this pool",
+            "give each connection back once, to the pool that it came from",
+        )
+
     def _unavailable(self, outage: Outage, waited: float) -> PenstockError:
         failure = outage.error
         error = self._make(

@@ -59,9 +59,9 @@ def options_of(make: type[Any]) -> Mapping[str, str]:
     return {field.name: str(field.type) for field in fields if field.name != "conninfo"}
 
 
-def keys_of(make: type[Any]) -> tuple[str, ...]:
-    """All that a section may have."""
-    return (*options_of(make), *KEYWORDS, *WHOLE, *ALIASES, PASSWORD_FILE)
+def keys_beside(options: Mapping[str, str]) -> tuple[str, ...]:
+    """All that a section may have, these options among them."""
+    return (*options, *KEYWORDS, *WHOLE, *ALIASES, PASSWORD_FILE)
 
 
 def pool_config(section: Section, make: type[ConfigT]) -> ConfigT:
@@ -74,7 +74,8 @@ def pool_config(section: Section, make: type[ConfigT]) -> ConfigT:
     Raises:
         ConfigError: naming the key, the file and the line.
     """
-    entries, kinds = _by_meaning(section, make), options_of(make)
+    kinds = options_of(make)
+    entries = _by_meaning(section, kinds)
     conninfo = _conninfo(section, entries)
     options = {
         key: _option(section, kinds[key], entry) for key, entry in entries.items() if key in kinds
@@ -102,10 +103,10 @@ def _made(options: Hidden[dict[str, Any]], make: type[ConfigT]) -> ConfigT | Con
 # -- what a key means ---------------------------------------------------------------------------------
 
 
-def _by_meaning(section: Section, make: type[Any]) -> dict[str, Entry]:
+def _by_meaning(section: Section, options: Mapping[str, str]) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     nearest: dict[str, int] = {}
-    options, keys = options_of(make), keys_of(make)
+    keys = keys_beside(options)
     for entry in section.entries:  # the nearest first
         meaning = _meaning(section, entry, keys)  # first of all: it refuses keys not to be shown
         if entry.outside > nearest.setdefault(meaning, entry.outside):

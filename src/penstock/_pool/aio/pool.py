@@ -278,7 +278,9 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
         """
         if get_ident() != self._thread:
             self._refuse_other_loops()
-        slot = self._lent(self._getconns.pop(id(conn), None), conn)
+        slot = self._getconns.pop(id(conn), None)
+        if slot is None or slot.link.conn is not conn:
+            raise self._reporter.not_lent()
         slot.loose = False
         if self._plain and slot.link.park():
             answer = self._machine.put(slot)
@@ -476,14 +478,6 @@ class AsyncConnectionPool(AsyncBorrowing, Generic[ConnT]):
             return f"<{type(self).__name__}, not made>"
         notice_fork()
         return self._reporter.line(type(self).__name__)
-
-    def _lent(self, slot: Slot | None, conn: ConnT) -> Slot:
-        if slot is not None and slot.link.conn is conn:
-            return slot
-        raise self._reporter.misuse(
-            "putconn() got a connection that is not lent by getconn() of this pool",
-            "give each connection back once, to the pool that it came from",
-        )
 
     # -- waiting for the pool as a whole ----------------------------------------------------------
 

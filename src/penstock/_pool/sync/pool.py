@@ -72,7 +72,6 @@ if TYPE_CHECKING:
     from penstock._machine.slot import Slot
     from penstock.config.pool_config import Options
     from penstock.drivers import Driver
-    from penstock.errors import PenstockError
 
 ConnT = TypeVar("ConnT")
 
@@ -288,7 +287,7 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
         try:
             slot = self._getconns.pop(id(conn), None)
             if slot is None or slot.link.conn is not conn:
-                raise self._not_lent()  # noqa: TRY301  a call less where it is lent
+                raise self._reporter.not_lent()  # noqa: TRY301  a call less where it is lent
             slot.loose = False
             if self._plain and not getattr(slot.link, "held", False) and slot.link.park():
                 answer = self._machine.put(slot)
@@ -459,12 +458,6 @@ class ConnectionPool(Borrowing, Generic[ConnT]):
             return f"<{type(self).__name__}, not made>"
         notice_fork()
         return self._reporter.line(type(self).__name__)
-
-    def _not_lent(self) -> PenstockError:
-        return self._reporter.misuse(
-            "putconn() got a connection that is not lent by getconn() of this pool",
-            "give each connection back once, to the pool that it came from",
-        )
 
     def _wait_until_open(self, seconds: float) -> None:
         deadline = clock() + seconds

@@ -18,7 +18,7 @@ from typing import Any, Final
 from penstock import _drivers
 from penstock._pool.sync.pool import ConnectionPool
 from penstock.config.pool_config import PoolConfig
-from penstock.config.schema import keys_of, options_of, pool_config
+from penstock.config.schema import keys_beside, options_of, pool_config
 from penstock.config.secret import Hidden
 from penstock.config.sections import Entry, Section, as_secret
 from penstock.errors import ConfigError
@@ -27,6 +27,8 @@ PREFIX: Final = "PENSTOCK_"
 URI: Final = "PENSTOCK_DATABASE_URI"
 BINDS: Final = "PENSTOCK_BINDS"
 OPTIONS: Final = "PENSTOCK_POOL_OPTIONS"
+_POOL_OPTIONS: Final = options_of(PoolConfig)
+_KEYS: Final = keys_beside(_POOL_OPTIONS)
 TRANSACTIONS: Final = "PENSTOCK_TRANSACTIONS"
 RETRY_AFTER: Final = "PENSTOCK_RETRY_AFTER"
 
@@ -91,9 +93,9 @@ def _refuse_misspelt(config: Hidden[Any]) -> None:
             continue
         meant = get_close_matches(key, _DEFAULTS, n=1, cutoff=0.8)
         word = key.removeprefix(PREFIX).lower()
-        if word in options_of(PoolConfig):
+        if word in _POOL_OPTIONS:
             meant = [_within(OPTIONS, word)]
-        elif word in keys_of(PoolConfig):
+        elif word in _KEYS:
             meant = [URI]
         if meant:
             raise ConfigError(key, hint=f"did you mean {meant[0]}?")
@@ -170,7 +172,7 @@ def _with(entries: tuple[Entry, ...], others: tuple[Entry, ...]) -> tuple[Entry,
 def _pool(section: Section, shared: tuple[Entry, ...], *, debug: bool) -> ConnectionPool[Any]:
     entries = _with(section.entries, shared)
     # what is wrong is told first of a database's own: if they are right, it is one that all share
-    own = any(entry.word not in keys_of(PoolConfig) for entry in section.entries)
+    own = any(entry.word not in _KEYS for entry in section.entries)
     spelling = section.spelling if own else lambda word: _within(OPTIONS, word)
     made = Section(section.name, entries, spelling=spelling)
     read = pool_config(made, PoolConfig)
